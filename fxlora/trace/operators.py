@@ -1,0 +1,101 @@
+"""How one torch call is spelled as a node: the operator, the method or the function of the source."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+
+getitem = operator.getitem
+
+# The call is an effect even when it returns no tensor.
+_EFFECTS = {torch.manual_seed}
+
+_OPERATORS = {
+    name: getattr(operator, name.strip("_"))
+    for name in (
+        "__add__ __sub__ __mul__ __truediv__ __floordiv__ __mod__ __pow__ __matmul__ __neg__ "
+        "__pos__ __invert__ __lshift__ __rshift__ __lt__ __le__ __gt__ __ge__ __eq__ __ne__ "
+        "__getitem__ __setitem__ __iadd__ __isub__ __imul__ __itruediv__ __ifloordiv__ __imod__ "
+        "__ipow__ __ilshift__ __irshift__ __iand__ __ior__ __ixor__"
+    ).split()
+}
+_OPERATORS |= {"__and__": operator.and_, "__or__": operator.or_, "__xor__": operator.xor}
+_OPERATORS |= {"__abs__": operator.abs, "__idiv__": operator.itruediv}
+_REFLECTED: dict[str, Any] = {
+    f"__r{name}__": function
+    for name, function in {
+        "add": operator.add,
+        "sub": operator.sub,
+        "mul": operator.mul,
+        "truediv": operator.truediv,
+        "div": operator.truediv,
+        "floordiv": operator.floordiv,
+        "mod": operator.mod,
+        "pow": operator.pow,
+        "matmul": operator.matmul,
+        "and": operator.and_,
+        "or": operator.or_,
+        "xor": operator.xor,
+        "lshift": operator.lshift,
+        "rshift": operator.rshift,
+    }.items()
+}
+
+
+def normal(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """Returns the call as a reader would write it: `getattr(x, "T")`, `operator.add(2, x)`."""
+    name = getattr(func, "__name__", "")
+    owner = getattr(func, "__self__", None)
+    if name == "__get__" and hasattr(owner, "__name__"):
+        return getattr, (args[0], owner.__name__), {}
+    if name == "__set__" and hasattr(owner, "__name__"):
+        return setattr, (args[0], owner.__name__, args[1]), {}
+    if name in _OPERATORS and not kwargs:
+        return _OPERATORS[name], args, kwargs
+    if name in _REFLECTED and len(args) == 2 and not kwargs:
+        # Python itself calls x.__radd__(2) for operator.add(2, x).
+        return _REFLECTED[name], (args[1], args[0]), kwargs
+    return func, args, kwargs
+
+
+_SILENT_NAMES = frozenset(
+    "__repr__ __str__ __format__ __len__ __hash__ __dir__ __reduce_ex__ dim size stride numel "
+    "is_floating_point is_complex is_contiguous element_size storage_offset data_ptr "
+    "untyped_storage register_hook _is_view has_names get_device is_inference".split()
+)
+
+
+def is_silent(func: Any) -> bool:
+    """Whether a call says something about a tensor and makes none."""
+    return getattr(func, "__name__", "") in _SILENT_NAMES
+
+
+def has_effect(func: Any) -> bool:
+    """Whether a call must be recorded although it returns no tensor."""
+    try:
+        return func in _EFFECTS
+    except TypeError:
+        return False
+
+
+def spelling(func: Any, args: tuple[Any, ...]) -> tuple[str, Any]:
+    """Returns the node kind and target for a call torch dispatched.
+
+    `x + y` is a call of `operator.add`, `x.view(...)` a `call_method`, `F.linear` a
+    `call_function`.
+    """
+    name = getattr(func, "__name__", "")
+    if _is_method(func, name, args):
+        return "call_method", name
+    return "call_function", func
+
+
+def _is_method(func: Any, name: str, args: tuple[Any, ...]) -> bool:
+    if not args or not isinstance(args[0], torch.Tensor):
+        return False
+    found = getattr(torch.Tensor, name, None)
+    return found is func or getattr(func, "__objclass__", None) is torch._C.TensorBase

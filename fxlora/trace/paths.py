@@ -1,0 +1,112 @@
+"""Which of its names a module is called by: aliases apart, as torch.export keeps them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+from torch import nn
+
+
+class Paths(contextlib.AbstractContextManager["Paths"]):
+    """Resolves a module object to the name it was reached by.
+
+    A module with one name needs no watching. Where a model has aliases (`self.b = self.a`), the
+    last attribute access that produced the module tells which name the forward used.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._names: dict[int, list[str]] = {}
+        for name, m in model.named_modules(remove_duplicate=False):
+            self._names.setdefault(id(m), []).append(name)
+        self._root = model
+        self._reached: dict[int, tuple[nn.Module, str]] = {}
+        self._patches = contextlib.ExitStack()
+
+    def __enter__(self) -> Paths:
+        if any(len(names) > 1 for names in self._names.values()):
+            for patch in self._watchers():
+                self._patches.enter_context(patch)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._patches.close()
+
+    def of(self, module: nn.Module, recorder: Any) -> str | None:
+        """Returns the path a call of `module` goes by; None for a module outside the model."""
+        names = self._names.get(id(module))
+        if names is None:
+            return None
+        if len(names) == 1:
+            return names[0]
+        path = self._resolve(module, recorder, set())
+        return path if path in names else names[0]
+
+    def _resolve(self, module: nn.Module, recorder: Any, seen: set[int]) -> str | None:
+        if module is self._root:
+            return ""
+        for m, frame in zip(reversed(recorder.modules), reversed(recorder.stack), strict=False):
+            if m is module:
+                return str(frame.path)
+        if id(module) not in self._reached or id(module) in seen:
+            names = self._names.get(id(module))
+            return names[0] if names else None
+        parent, name = self._reached[id(module)]
+        above = self._resolve(parent, recorder, seen | {id(module)})
+        if above is None:
+            return None
+        return f"{above}.{name}" if above else name
+
+    def _watchers(self) -> Iterator[Any]:
+        note = self._note
+
+        def getattr_(original: Callable[..., Any]) -> Callable[..., Any]:
+            def watched(module: nn.Module, name: str) -> Any:
+                return note(original(module, name), module, name)
+
+            return watched
+
+        def iter_(original: Callable[..., Any]) -> Callable[..., Any]:
+            def watched(module: nn.Module) -> Iterator[Any]:
+                for name, child in zip(list(module._modules), original(module), strict=False):
+                    yield note(child, module, name)
+
+            return watched
+
+        def getitem(original: Callable[..., Any]) -> Callable[..., Any]:
+            def watched(module: nn.Module, key: Any) -> Any:
+                child = original(module, key)
+                if isinstance(key, int):
+                    key = str(key + len(module._modules) if key < 0 else key)
+                return note(child, module, key) if isinstance(key, str) else child
+
+            return watched
+
+        def items(original: Callable[..., Any]) -> Callable[..., Any]:
+            def watched(module: nn.Module) -> Any:
+                return [(k, note(v, module, k)) for k, v in original(module)]
+
+            return watched
+
+        def values(_: Callable[..., Any]) -> Callable[..., Any]:
+            def watched(module: nn.Module) -> Any:
+                return [note(v, module, k) for k, v in module._modules.items()]
+
+            return watched
+
+        yield mock.patch.object(nn.Module, "__getattr__", getattr_(nn.Module.__getattr__))
+        for owner in (nn.ModuleList, nn.Sequential):
+            yield mock.patch.object(owner, "__iter__", iter_(owner.__iter__))
+            yield mock.patch.object(owner, "__getitem__", getitem(owner.__getitem__))
+        yield mock.patch.object(
+            nn.ModuleDict, "__getitem__", getitem(nn.ModuleDict.__getitem__)
+        )
+        yield mock.patch.object(nn.ModuleDict, "items", items(nn.ModuleDict.items))
+        yield mock.patch.object(nn.ModuleDict, "values", values(nn.ModuleDict.values))
+
+    def _note(self, child: Any, parent: nn.Module, name: str) -> Any:
+        if isinstance(child, nn.Module):
+            self._reached[id(child)] = (parent, name)
+        return child

@@ -1,0 +1,114 @@
+"""A second module tree over the same tensors: what a graph owns of the model it was traced from."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import cast
+
+import torch
+from torch import nn
+
+ParameterView = Callable[[nn.Parameter], nn.Parameter]
+
+# PEFT adapts these as modules, so a subclass with its own forward stays one call as well.
+_ADAPTABLE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+
+
+def is_conv1d(module_type: type) -> bool:
+    """Whether a class is transformers' Conv1D, told by name: the core never imports transformers."""
+    return any(
+        c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils"
+        for c in module_type.__mro__
+    )
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether a module stays one `call_module` node.
+
+    Leaves are the modules PEFT adapts as modules, and torch.nn's own modules without children
+    (so train/eval, dropout, hooks and quantized linears keep working). nn.MultiheadAttention and
+    nn.TransformerEncoderLayer are traced through: they read their children's weights directly.
+    """
+    if isinstance(module, _CONTAINERS):
+        return False
+    if isinstance(module, _ADAPTABLE) or is_conv1d(type(module)):
+        return True
+    own = type(module).__module__.startswith(("torch.nn.", "torch.ao.nn."))
+    return own and not module._modules
+
+
+def _copy_leaf(module: nn.Module) -> nn.Module:
+    new = cast(nn.Module, object.__new__(type(module)))
+    new.__dict__.update(module.__dict__)
+    # Hooks live in dicts: adding one to the graph's copy must not reach the model.
+    for name, value in module.__dict__.items():
+        if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")):
+            new.__dict__[name] = copy.copy(value)
+    return new
+
+
+def shell(module: nn.Module, view: ParameterView | None = None) -> nn.Module:
+    """Returns a module tree with the same names and the same tensors as `module`.
+
+    Leaves are shallow copies that still run; every other module becomes a bare container. So
+    `train()`, hooks and flags set on the result never reach the model. Shared modules stay
+    shared, and a parameter used twice stays one parameter.
+
+    Args:
+        module: the root of the tree; read, never changed.
+        view: maps each parameter to the one the new tree holds; called once per parameter.
+            Without it the very same parameters are held.
+    """
+    modules: dict[int, nn.Module] = {}
+    parameters: dict[int, nn.Parameter] = {}
+
+    def viewed(p: nn.Parameter | None) -> nn.Parameter | None:
+        if p is None or view is None:
+            return p
+        if id(p) not in parameters:
+            parameters[id(p)] = view(p)
+        return parameters[id(p)]
+
+    def build(old: nn.Module) -> nn.Module:
+        if id(old) in modules:
+            return modules[id(old)]
+        if is_leaf(old) or isinstance(old, _CONTAINERS[3:]):
+            new = _copy_leaf(old)
+        else:
+            new = nn.Module()
+            new.training = old.training
+        modules[id(old)] = new
+        new._parameters = {k: viewed(p) for k, p in old._parameters.items()}
+        new._buffers = dict(old._buffers)
+        new._non_persistent_buffers_set = set(old._non_persistent_buffers_set)
+        new._modules = {k: None if m is None else build(m) for k, m in old._modules.items()}
+        return new
+
+    return build(module)
+
+
+def module_types(model: nn.Module) -> dict[str, type]:
+    """Returns the class of every module by every one of its names."""
+    return {name: type(m) for name, m in model.named_modules(remove_duplicate=False)}
+
+
+def frozen_view(p: nn.Parameter) -> nn.Parameter:
+    """Returns a parameter over the same storage with `requires_grad=False`.
+
+    Quantized parameters (bitsandbytes' Params4bit, ...) carry state of their own and are never
+    trainable: they are passed on as they are.
+    """
+    if type(p) is not nn.Parameter:
+        if not p.requires_grad:
+            return p
+        copied = copy.copy(p)
+        return copied.requires_grad_(False)
+    return nn.Parameter(p.detach(), requires_grad=False)
+
+
+def device_of(model: nn.Module) -> torch.device | None:
+    """Returns the one device of a model's parameters and buffers; None when there are several."""
+    devices = {t.device for t in (*model.parameters(), *model.buffers())}
+    return devices.pop() if len(devices) == 1 else None

@@ -1,0 +1,152 @@
+"""`fxlora.trace`: one entry, two tracers, one kind of graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Graph, GraphModule
+
+from fxlora.errors import TraceError
+from fxlora.facts import KEY, TraceInfo
+from fxlora.trace import concrete, examples, modes, symbolic
+from fxlora.trace.shell import module_types, shell
+
+
+def trace(
+    model: nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: dict[str, Any] | None = None,
+    *,
+    dynamic: bool = True,
+    replay: bool = True,
+) -> GraphModule:
+    """Traces a model into an fx graph at the level of its own code.
+
+    With example inputs the model is run once on fake tensors (nothing is computed, so the meta
+    device and any size will do) and what it does is recorded. Without them,
+    `torch.fx.symbolic_trace`'s tracer is used where the model allows it, and a transformers
+    model gets inputs built from its config.
+
+    The graph module returned has the model's module names and shares its parameters; it can be
+    called like the model, on other batch sizes and lengths, in train and in eval mode. A call it
+    does not stand for raises `fxlora.GuardError`. The model is not changed.
+
+    Args:
+        model: the model; parameters may be on the meta device.
+        args: example positional inputs, as torch.export takes them.
+        kwargs: example keyword inputs.
+        dynamic: let the sizes of the inputs vary; False fixes them to the example's.
+        replay: copy the nodes of repeated blocks instead of running each; False runs all.
+
+    Returns:
+        A `torch.fx.GraphModule`; `fxlora.facts` says what its nodes carry in `meta`.
+
+    Raises:
+        TraceError: when the model cannot be traced; names the line of its code and the way out.
+
+    >>> import torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(10, 20), torch.nn.ReLU())
+    >>> [str(n.target) for n in trace(model).graph.nodes if n.op == "call_module"]
+    ['0', '1']
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; fxlora.trace takes a torch.nn.Module")
+    kwargs = dict(kwargs or {})
+    if not args and not kwargs:
+        if not examples.is_transformers(model):
+            return _symbolic(model)
+        kwargs = examples.inputs(model)
+    return _concrete(model, tuple(args), kwargs, dynamic=dynamic, replay=replay)
+
+
+def _symbolic(model: nn.Module) -> GraphModule:
+    mode = bool(model.training)
+    now = symbolic.record(model, mode)
+    merged = modes.Merged()
+    if now.mode_reads:
+        merged = modes.merge(now.graph, mode, lambda: symbolic.record(model, not mode).graph)
+    facts = TraceInfo(
+        model_class=type(model).__name__,
+        module_types=module_types(model),
+        mode=merged.mode,
+        notes=merged.notes,
+        model=model,
+    )
+    return _assemble(model, now.graph, facts, {**now.constants, **merged.modules})
+
+
+def _concrete(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, dynamic: bool, replay: bool
+) -> GraphModule:
+    mode = bool(model.training)
+
+    def record(mode: bool, dynamic: bool) -> concrete.Recording:
+        return concrete.record(model, args, kwargs, mode=mode, dynamic=dynamic, replay=replay)
+
+    notes: tuple[str, ...] = ()
+    try:
+        now = record(mode, dynamic)
+    except TraceError as e:
+        if not dynamic:
+            raise
+        try:
+            now = record(mode, False)
+        except TraceError:
+            raise e from e.__cause__
+        dynamic = False
+        notes = (f"sizes are fixed to the example's: {str(e).splitlines()[0]}",)
+    merged = modes.Merged()
+    if now.mode_reads:
+        merged = modes.merge(now.graph, mode, lambda: record(not mode, dynamic).graph)
+    facts = TraceInfo(
+        model_class=type(model).__name__,
+        module_types=module_types(model),
+        sizes=now.symbols,
+        guards=now.conditions,
+        dynamic=bool(now.symbols),
+        mode=merged.mode,
+        notes=(*notes, *now.notes, *merged.notes),
+        replayed=now.replayed,
+        model=model,
+    )
+    now.guards.mode, now.guards.mode_reason = merged.mode, merged.reason
+    extra = {**now.constants, **merged.modules, "_guards": now.guards}
+    return _assemble(model, now.graph, facts, extra)
+
+
+def _assemble(
+    model: nn.Module, graph: Graph, facts: TraceInfo, extra: dict[str, Any]
+) -> GraphModule:
+    root = shell(model)
+    for path, value in extra.items():
+        attach(root, path, value)
+    return graph_module(root, graph, facts)
+
+
+def attach(root: nn.Module, path: str, value: nn.Module | torch.Tensor) -> None:
+    """Hangs a module or a constant tensor below `root`, in the mode of its parent."""
+    *above, name = path.split(".")
+    parent = root.get_submodule(".".join(above))
+    if isinstance(value, nn.Module):
+        value.train(parent.training)
+        parent.add_module(name, value)
+    else:
+        parent.register_buffer(name, value, persistent=False)
+
+
+def graph_module(root: nn.Module, graph: Graph, facts: TraceInfo) -> GraphModule:
+    """Joins a module tree and a graph over it, keeping modules that the graph never calls.
+
+    torch.fx keeps only what a graph uses; a parameter nobody reads is a fact users ask about.
+    """
+    graph.lint()
+    made = GraphModule(nn.Module(), Graph(), class_name=facts.model_class)
+    made._modules, made._parameters, made._buffers = root._modules, root._parameters, root._buffers
+    made._non_persistent_buffers_set = root._non_persistent_buffers_set
+    made.training = root.training
+    made.graph = graph
+    made.graph.owning_module = made
+    made.meta[KEY] = facts
+    return made
