@@ -1,5 +1,13 @@
-"""fxlora: what a LoRA configuration does to a model, as a graph, before a GPU hour is spent."""
+"""fxlora: what a LoRA configuration does to a model, as a graph, before a GPU hour is spent.
 
+    traced = fxlora.trace(model, args, kwargs)
+    plan = fxlora.plan(traced, LoraConfig(r=8, target_modules=["q_proj", "v_proj"]))
+    lora = fxlora.rewrite(traced, plan)
+    result = fxlora.compare(model, config, args, kwargs)
+"""
+
+from fxlora.plan import Plan, plan
+from fxlora.rewrite import rewrite
 from fxlora.trace import trace
 
-__all__ = ["trace"]
+__all__ = ["Plan", "plan", "rewrite", "trace"]

@@ -63,6 +63,7 @@ class TraceInfo:
         notes: facts a reader should know (a fallback taken, an effect left out).
         replayed: how many module calls were copied from an equal block instead of being run.
         model: the traced model, for what only the live object knows (its config, its heads).
+        plan: the `fxlora.Plan` a rewritten graph was made by; None for a traced graph.
     """
 
     model_class: str
@@ -74,6 +75,7 @@ class TraceInfo:
     notes: tuple[str, ...] = ()
     replayed: int = 0
     model: Any = None
+    plan: Any = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TraceInfo:
         # The model is a reference to what was traced, never a second copy of its weights.

@@ -6,10 +6,10 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
 
 from fxlora.errors import GuardError
 from fxlora.trace import sizes
+from fxlora.trace.shell import GraphHelper
 
 _FUNCTIONS = {f.__name__: f for f in (*sizes._BY_NAME.values(), sizes.choose)}
 _FUNCTIONS.update(ceil=math.ceil, floor=math.floor, pow=pow)
@@ -22,7 +22,7 @@ class _Missing:
         return "None"
 
 
-class InputGuards(nn.Module):
+class InputGuards(GraphHelper):
     """Checks the inputs of a traced graph before it runs.
 
     A concrete trace follows one path through the model's Python code. Wherever that path was
@@ -117,7 +117,7 @@ class InputGuards(nn.Module):
         )
 
 
-class ByMode(nn.Module):
+class ByMode(GraphHelper):
     """Returns one constant in train mode and another in eval mode.
 
     A model's own `if self.training` or `training=self.training` becomes a call of this module,
@@ -138,7 +138,7 @@ class ByMode(nn.Module):
         return f"train={self.train_value!r}, eval={self.eval_value!r}"
 
 
-class TrainOnly(nn.Module):
+class TrainOnly(GraphHelper):
     """Runs a function for its effect on the random state, in train mode only.
 
     Layer-drop draws a random number per layer in train mode even when its probability is zero;

@@ -16,6 +16,10 @@ _ADAPTABLE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
+class GraphHelper(nn.Module):
+    """A module that only a graph has (a guard, a train/eval constant); always one node."""
+
+
 def is_conv1d(module_type: type) -> bool:
     """Whether a class is transformers' Conv1D, told by name: the core never imports transformers."""
     return any(
@@ -33,6 +37,8 @@ def is_leaf(module: nn.Module) -> bool:
     """
     if isinstance(module, _CONTAINERS):
         return False
+    if isinstance(module, GraphHelper):
+        return True
     if isinstance(module, _ADAPTABLE) or is_conv1d(type(module)):
         return True
     own = type(module).__module__.startswith(("torch.nn.", "torch.ao.nn."))

@@ -1,0 +1,27 @@
+"""Which base parameters train after a rewrite: the `bias` field of a LoraConfig, nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Set as AbstractSet
+
+
+def bias_trains(name: str, bias: str, adapted: AbstractSet[str]) -> bool:
+    """Whether PEFT leaves the base parameter `name` trainable.
+
+    Args:
+        name: the parameter's name in the base model.
+        bias: LoraConfig.bias; "all" is every name ending in `.bias` (an `in_proj_bias` does not),
+            "lora_only" the biases of adapted layers.
+        adapted: the names of the adapted modules.
+
+    Source: peft.tuners.tuners_utils.BaseTuner._mark_only_adapters_as_trainable.
+
+    >>> bias_trains("fc.bias", "all", set()), bias_trains("fc.bias", "lora_only", {"out"})
+    (True, False)
+    """
+    if bias == "all":
+        return name == "bias" or name.endswith(".bias")
+    if bias.endswith("_only"):
+        owner, _, last = name.rpartition(".")
+        return last == "bias" and owner in adapted
+    return False

@@ -1,0 +1,269 @@
+"""GraphModule -> linear sites: every weight a linear map reads, and every call that reads it."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule, Node
+from torch.nn import functional as F
+
+from fxlora.facts import info
+from fxlora.trace.shell import is_conv1d
+
+# Functions that multiply by a weight, and at which argument.
+_WEIGHT_ARGUMENT: dict[Any, tuple[int, ...]] = {
+    F.linear: (1,),
+    F.bilinear: (2,),
+    torch.matmul: (0, 1),
+    torch.mm: (0, 1),
+    torch.bmm: (0, 1),
+    torch.mv: (0, 1),
+    operator.matmul: (0, 1),
+    torch.addmm: (1, 2),
+    torch.addmv: (1,),
+    torch.baddbmm: (1, 2),
+    torch.addbmm: (1, 2),
+    torch.tensordot: (0, 1),
+    torch.inner: (0, 1),
+    F.multi_head_attention_forward: (5, 11),
+}
+_METHODS = frozenset("matmul mm bmm mv addmm baddbmm addbmm __matmul__ __rmatmul__ inner".split())
+_GROUPED = frozenset(("grouped_mm", "_grouped_mm", "grouped_mm_fallback"))
+# Operations a weight passes through on its way to the multiplication.
+_TRANSPARENT = frozenset(
+    "t T mT H adjoint transpose permute view reshape contiguous to type type_as float half bfloat16 "
+    "double unsqueeze squeeze expand flatten getitem chunk split unbind getattr index_select clone "
+    "detach data alias swapaxes movedim select narrow".split()
+)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One node that multiplies by a site's weight.
+
+    Attributes:
+        node: the node of the traced graph.
+        path: the name of the module whose call this is (an alias keeps its own name).
+        through_module: False when the weight is read without calling the module that owns it;
+            PEFT does not reach such a call.
+    """
+
+    node: Node
+    path: str
+    through_module: bool
+
+
+@dataclass(frozen=True)
+class Site:
+    """One linear map of a traced model, and every place the graph calls it.
+
+    A module used twice is one site with two calls, because LoRA adapts weights: both calls must
+    read the same lora_A and lora_B, or merging is ill-defined.
+
+    Attributes:
+        name: the module's first name; for a bare parameter the parameter's.
+        kind: the class a rewrite treats it as: "Linear", "Conv1D", "Embedding", "Conv1d",
+            "Conv2d", "Conv3d", "MultiheadAttention" or "Parameter".
+        type_name: the class name of the module, or "Parameter".
+        in_features, out_features: of the map as PEFT counts them.
+        shape: of the weight.
+        bias: whether the layer has one.
+        calls: every call, in the order of the graph; empty when the traced path has none.
+        aliases: the module's other names.
+    """
+
+    name: str
+    kind: str
+    type_name: str
+    in_features: int
+    out_features: int
+    shape: tuple[int, ...]
+    bias: bool
+    calls: tuple[Call, ...]
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def weight_name(self) -> str:
+        """The name of the weight in the traced graph."""
+        if self.kind == "Parameter":
+            return self.name
+        if self.kind == "MultiheadAttention":
+            return f"{self.name}.in_proj_weight"
+        return f"{self.name}.weight" if self.name else "weight"
+
+    @property
+    def weight_numel(self) -> int:
+        """The number of elements of the weight."""
+        n = 1
+        for d in self.shape:
+            n *= d
+        return n
+
+
+def kind_of(module_type: type) -> str | None:
+    """Returns the kind of layer PEFT would adapt a class as; None for any other class."""
+    for kind, base in (
+        ("Embedding", nn.Embedding),
+        ("Conv2d", nn.Conv2d),
+        ("Conv3d", nn.Conv3d),
+        ("Conv1d", nn.Conv1d),
+        ("MultiheadAttention", nn.MultiheadAttention),
+        ("Linear", nn.Linear),
+    ):
+        if issubclass(module_type, base):
+            return kind
+    return "Conv1D" if is_conv1d(module_type) else None
+
+
+def sites(graph_module: GraphModule) -> tuple[Site, ...]:
+    """Finds every site of a traced graph, called or not, in the order of its modules.
+
+    Args:
+        graph_module: what `fxlora.trace` returned.
+
+    Returns:
+        Sites of every layer kind PEFT can adapt, and of every 2-D or 3-D parameter that a linear
+        function reads without such a layer around it.
+    """
+    types = info(graph_module).module_types
+    names: dict[int, list[str]] = {}
+    for name, m in graph_module.named_modules(remove_duplicate=False):
+        names.setdefault(id(m), []).append(name)
+    calls = _calls(graph_module)
+    found = []
+    covered: set[str] = set()
+    for aliases in names.values():
+        kind = kind_of(types[aliases[0]]) if aliases[0] in types else None
+        if kind is None:
+            continue
+        site = _module_site(graph_module, aliases, kind, types[aliases[0]].__name__, calls)
+        found.append(site)
+        covered.update(_parameter_names(graph_module, aliases))
+    found += _bare(graph_module, calls, covered)
+    return tuple(found)
+
+
+def _parameter_names(root: nn.Module, aliases: list[str]) -> Iterator[str]:
+    for alias in aliases:
+        for name, _ in root.get_submodule(alias).named_parameters():
+            yield f"{alias}.{name}" if alias else name
+
+
+def _module_site(
+    root: nn.Module, aliases: list[str], kind: str, type_name: str, calls: dict[str, list[Call]]
+) -> Site:
+    name = aliases[0]
+    module = root.get_submodule(name)
+    weight = module.in_proj_weight if kind == "MultiheadAttention" else module.weight
+    shape = tuple(weight.shape) if isinstance(weight, torch.Tensor) else ()
+    own = [c for a in aliases for c in calls.get(a, ())]
+    for parameter in _parameter_names(root, aliases):
+        if parameter.rpartition(".")[2] != "bias":
+            own += [c for c in calls.get(parameter, ()) if c not in own]
+    order = {n: i for i, n in enumerate(root.graph.nodes)}  # type: ignore[union-attr, arg-type]
+    own.sort(key=lambda c: order[c.node])
+    in_features, out_features = _features(module, kind, shape)
+    bias = getattr(module, "in_proj_bias" if kind == "MultiheadAttention" else "bias", None)
+    return Site(
+        name, kind, type_name, in_features, out_features, shape, bias is not None,
+        tuple(own), tuple(aliases[1:]),
+    )  # fmt: skip
+
+
+def _features(module: Any, kind: str, shape: tuple[int, ...]) -> tuple[int, int]:
+    """Returns (in, out) as peft.tuners.tuners_utils._get_in_out_features does."""
+    if kind == "Linear" and hasattr(module, "in_features"):
+        return module.in_features, module.out_features
+    if kind == "Conv1D":
+        return shape[0], shape[1]
+    if kind == "Embedding":
+        return module.num_embeddings, module.embedding_dim
+    if kind == "MultiheadAttention":
+        return module.embed_dim, 3 * module.embed_dim
+    if kind.startswith("Conv"):
+        return module.in_channels, module.out_channels
+    return shape[1], shape[0]
+
+
+def _bare(root: nn.Module, calls: dict[str, list[Call]], covered: set[str]) -> list[Site]:
+    found = []
+    for name, p in root.named_parameters():
+        if name in covered or p.dim() not in (2, 3) or name not in calls:
+            continue
+        shape = tuple(p.shape)
+        in_features, out_features = (shape[1], shape[0]) if p.dim() == 2 else shape[1:]
+        found.append(
+            Site(name, "Parameter", "Parameter", in_features, out_features, shape, False,
+                 tuple(calls[name]))
+        )  # fmt: skip
+    return found
+
+
+def _calls(graph_module: GraphModule) -> dict[str, list[Call]]:
+    """Returns module or parameter name -> its calls."""
+    found: dict[str, list[Call]] = {}
+    for node in graph_module.graph.nodes:
+        if node.op == "call_module":
+            target = str(node.target)
+            found.setdefault(target, []).append(Call(node, target, True))
+        elif node.op == "get_attr":
+            for consumer in _consumers(node):
+                name = str(node.target)
+                owner = name.rpartition(".")[0]
+                found.setdefault(name, []).append(_functional(consumer, owner))
+    return found
+
+
+def _functional(node: Node, owner: str) -> Call:
+    stack = node.meta.get("module_stack", ())
+    # PEFT wraps the module that owns the parameter, and is in effect while that module runs.
+    inside = any(f.path == owner for f in stack) if owner else False
+    return Call(node, stack[-1].path if stack else "", inside)
+
+
+def _consumers(source: Node) -> Iterator[Node]:
+    """Yields the linear functions a parameter reaches through reshapes, casts and slices."""
+    seen: set[Node] = set()
+    todo = [source]
+    while todo:
+        at = todo.pop(0)
+        for user in at.users:
+            if user in seen:
+                continue
+            if _multiplies_by(user, at):
+                seen.add(user)
+                yield user
+            elif _is_transparent(user, at):
+                seen.add(user)
+                todo.append(user)
+
+
+def _name(node: Node) -> str:
+    return str(getattr(node.target, "__name__", node.target)).rpartition(".")[2]
+
+
+def _is_transparent(user: Node, at: Node) -> bool:
+    return _name(user) in _TRANSPARENT and bool(user.args) and user.args[0] is at
+
+
+def _multiplies_by(user: Node, weight: Node) -> bool:
+    if user.op == "call_method":
+        return user.target in _METHODS
+    if user.op != "call_function":
+        return False
+    if _name(user) in _GROUPED:
+        return len(user.args) > 1 and user.args[1] is weight
+    if user.target is torch.functional.einsum or user.target is torch.einsum:
+        return True
+    positions = _WEIGHT_ARGUMENT.get(user.target)
+    if positions is None:
+        return False
+    named = {"weight": user.kwargs.get("weight"), "mat2": user.kwargs.get("mat2")}
+    return any(i < len(user.args) and user.args[i] is weight for i in positions) or any(
+        v is weight for v in named.values()
+    )

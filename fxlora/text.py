@@ -1,0 +1,52 @@
+"""Plain text: tables and counts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def count(n: int, noun: str) -> str:
+    """Returns a count with its noun.
+
+    >>> count(1, "site"), count(2, "site")
+    ('1 site', '2 sites')
+    """
+    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
+
+
+def human(n: int) -> str:
+    """Returns a large number the way a reader says it.
+
+    >>> human(999), human(8_030_261_248)
+    ('999', '8.03 B')
+    """
+    for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if n >= size:
+            return f"{n / size:.{2 if unit == 'B' else 1}f} {unit}"
+    return str(n)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+    """Returns aligned columns under a rule.
+
+    Args:
+        head: the column titles.
+        rows: the cells, as text.
+        right: the columns that align right.
+
+    >>> print(table(("name", "r"), [("q_proj", "8")], right=(1,)))
+    name    r
+    ------  -
+    q_proj  8
+    """
+    cells = [tuple(head), *(tuple(r) for r in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+
+    def line(row: Sequence[str]) -> str:
+        out = [
+            c.rjust(w) if i in right else c.ljust(w)
+            for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        return "  ".join(out).rstrip()
+
+    return "\n".join([line(cells[0]), "  ".join("-" * w for w in widths), *map(line, cells[1:])])
