@@ -6,8 +6,9 @@
     result = fxlora.compare(model, config, args, kwargs)
 """
 
+from fxlora.compare import Comparison, compare
 from fxlora.plan import Plan, plan
 from fxlora.rewrite import rewrite
 from fxlora.trace import trace
 
-__all__ = ["Plan", "plan", "rewrite", "trace"]
+__all__ = ["Comparison", "Plan", "compare", "plan", "rewrite", "trace"]

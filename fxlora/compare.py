@@ -1,0 +1,383 @@
+"""fxlora's graph against PEFT's wrapping of the same model: a certificate, a table, and a run."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+from fxlora import peft_side
+from fxlora.canonical import Canonical, canonical, first_difference
+from fxlora.errors import TraceError
+from fxlora.plan import Plan
+from fxlora.plan import plan as make_plan
+from fxlora.rewrite import rewrite
+from fxlora.trace import trace
+
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One row of the parameter table.
+
+    Attributes:
+        name: ours, and the original model's for a base parameter.
+        peft_name: as `peft_model.named_parameters()` has it; empty when PEFT has none.
+        shape: as a tuple.
+        before: requires_grad in the model that was given; None for an adapter.
+        after: requires_grad in the rewritten graph; None when only PEFT has the parameter.
+        peft_after: requires_grad in PEFT's model; None when only we have the parameter.
+    """
+
+    name: str
+    peft_name: str
+    shape: tuple[int, ...]
+    before: bool | None
+    after: bool | None
+    peft_after: bool | None
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """The structural proof: two digests, and where they part.
+
+    Attributes:
+        ours, theirs: digests of the two canonical graphs; `theirs` is empty when PEFT's model
+            could not be traced.
+        equal: whether the graphs are the same computation.
+        nodes: how many computing nodes our graph has.
+        difference: the first computation of ours and of PEFT's the other lacks.
+        problem: why there is no certificate.
+    """
+
+    ours: str
+    theirs: str
+    equal: bool
+    nodes: int
+    difference: tuple[str, str] | None = None
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """The largest difference of one tensor between the two runs."""
+
+    name: str
+    equal: bool
+    largest: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What comparing with PEFT found; prints as a report.
+
+    Attributes:
+        equal: nothing differs: parameters, certificate, and, where there are weights, bits.
+        differences: every difference, explained; empty when `equal`.
+        parameters: the parameter table.
+        certificate: the structural proof.
+        outputs, gradients: per tensor, from running both; empty on the meta device.
+        trainable, total: ours; `peft_trainable`, `peft_total` as print_trainable_parameters.
+        plan: the plan that was compared.
+        tree_before, tree_after: the modules on the way to a site, as PEFT wraps them.
+        peft_version: the version compared with.
+    """
+
+    equal: bool
+    differences: tuple[str, ...]
+    parameters: tuple[Parameter, ...]
+    certificate: Certificate
+    outputs: tuple[Deviation, ...]
+    gradients: tuple[Deviation, ...]
+    trainable: int
+    total: int
+    peft_trainable: int
+    peft_total: int
+    plan: Plan = field(repr=False)
+    tree_before: str = field(repr=False, default="")
+    tree_after: str = field(repr=False, default="")
+    peft_version: str = ""
+
+    @property
+    def percent(self) -> float:
+        """The trainable share in percent."""
+        return 100 * self.trainable / self.total if self.total else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the comparison as plain data, for JSON."""
+        from dataclasses import asdict
+
+        out = {
+            k: getattr(self, k)
+            for k in (
+                "equal", "trainable", "total", "percent", "peft_trainable", "peft_total",
+                "peft_version",
+            )
+        }  # fmt: skip
+        out["differences"] = list(self.differences)
+        out["certificate"] = asdict(self.certificate)
+        for k in ("parameters", "outputs", "gradients"):
+            out[k] = [asdict(row) for row in getattr(self, k)]
+        return out
+
+    def __str__(self) -> str:
+        from fxlora.report import comparison_text
+
+        return comparison_text(self)
+
+
+def compare(
+    model: nn.Module,
+    config: Any,
+    args: tuple[Any, ...] = (),
+    kwargs: dict[str, Any] | None = None,
+    *,
+    run: bool | None = None,
+) -> Comparison:
+    """Compares the rewritten graph with what `peft.get_peft_model` makes of the same model.
+
+    The model and the config are not changed: PEFT wraps a twin that shares the weights. Both sides
+    draw their adapters under one seed; before they run, lora_B is filled with the same nonzero
+    numbers on both sides, because with B = 0 almost every mistake computes the right output.
+
+    Args:
+        model: the model, on any device; on meta nothing is run.
+        config: a `peft.LoraConfig`.
+        args, kwargs: example inputs, as for `fxlora.trace`; built when left out.
+        run: whether to run both models; by default when no parameter is on the meta device.
+
+    Returns:
+        A `Comparison`.
+
+    Raises:
+        ConfigError: as `fxlora.plan`.
+        TraceError: when the model itself cannot be traced.
+        Whatever peft raises, when it refuses what fxlora takes.
+
+    >>> import torch, fxlora
+    >>> from peft import LoraConfig
+    >>> model = torch.nn.Sequential(torch.nn.Linear(10, 20), torch.nn.Linear(20, 5))
+    >>> result = fxlora.compare(model, LoraConfig(target_modules=["0"]), (torch.ones(2, 10),))
+    >>> result.equal, result.trainable, result.total
+    (True, 240, 565)
+    """
+    import peft
+
+    from fxlora.example_inputs import for_model
+
+    args, kwargs = for_model(model, args, kwargs)
+    with torch.random.fork_rng(devices=[]):
+        traced = trace(model, args, kwargs)
+        plan = make_plan(traced, config)
+        torch.manual_seed(SEED)
+        ours = rewrite(traced, plan)
+        peft_model = peft_side.wrap(model, config, SEED)
+        theirs = peft_side.wrapped(peft_model)
+        theirs.train(model.training)
+        table = _parameters(model, ours, peft_model)
+        differences = _table_differences(table, ours, theirs)
+        certificate = _certificate(ours, theirs, args, kwargs)
+        differences += _certificate_differences(certificate)
+        outputs: tuple[Deviation, ...] = ()
+        gradients: tuple[Deviation, ...] = ()
+        if _runnable(model) if run is None else run:
+            outputs, gradients = _run_both(ours, theirs, args, kwargs)
+            differences += _run_differences(outputs, gradients)
+    peft_trainable, peft_total = peft_model.get_nb_trainable_parameters()
+    return Comparison(
+        equal=not differences,
+        differences=tuple(differences),
+        parameters=table,
+        certificate=certificate,
+        outputs=outputs,
+        gradients=gradients,
+        trainable=sum(p.numel() for p in ours.parameters() if p.requires_grad),
+        total=sum(p.numel() for p in ours.parameters()),
+        peft_trainable=peft_trainable,
+        peft_total=peft_total,
+        plan=plan,
+        tree_before=_tree(model, plan),
+        tree_after=_tree(theirs, plan),
+        peft_version=peft.__version__,
+    )
+
+
+# ---- parameters --------------------------------------------------------------------------------
+
+
+def _parameters(model: nn.Module, ours: GraphModule, peft_model: Any) -> tuple[Parameter, ...]:
+    before = {n: p.requires_grad for n, p in model.named_parameters()}
+    mine = dict(ours.named_parameters())
+    prefix = "base_model.model."
+    other = {
+        peft_side.common_name(n.removeprefix(prefix)): (n, p)
+        for n, p in peft_model.named_parameters()
+    }
+    rows = []
+    for name in [*mine, *(n for n in other if n not in mine)]:
+        p = mine.get(name)
+        peft_name, q = other.get(name, ("", None))
+        shown = p if p is not None else q
+        rows.append(
+            Parameter(
+                name=name,
+                peft_name=peft_name,
+                shape=tuple(shown.shape),
+                before=before.get(name),
+                after=None if p is None else p.requires_grad,
+                peft_after=None if q is None else q.requires_grad,
+            )
+        )
+    return tuple(rows)
+
+
+def _table_differences(
+    table: tuple[Parameter, ...], ours: GraphModule, theirs: nn.Module
+) -> list[str]:
+    out = []
+    other = {peft_side.common_name(n): p for n, p in theirs.named_parameters()}
+    mine = dict(ours.named_parameters())
+    for row in table:
+        if not row.peft_name:
+            out.append(f"parameter {row.name}: PEFT has none by that name")
+        elif row.after is None:
+            out.append(f"parameter {row.peft_name}: only PEFT has it")
+        elif row.after != row.peft_after:
+            out.append(f"parameter {row.name}: requires_grad {row.after}, PEFT {row.peft_after}")
+        if row.name in mine and row.name in other:
+            a, b = mine[row.name], other[row.name]
+            if a.shape != b.shape or a.dtype != b.dtype:
+                out.append(
+                    f"parameter {row.name}: {tuple(a.shape)} {a.dtype}, "
+                    f"PEFT {tuple(b.shape)} {b.dtype}"
+                )
+            elif a.device.type != "meta" and not torch.equal(a, b):
+                out.append(f"parameter {row.name}: drawn differently under the same seed")
+    return out
+
+
+# ---- the certificate ---------------------------------------------------------------------------
+
+
+def _certificate(
+    ours: GraphModule, theirs: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Certificate:
+    mine = canonical(ours)
+    try:
+        traced = trace(theirs, args, kwargs)
+    except TraceError as e:
+        return Certificate(mine.digest, "", False, len(mine.nodes), problem=str(e))
+    return certify(mine, canonical(traced, peft_side.common_name))
+
+
+def certify(mine: Canonical, other: Canonical) -> Certificate:
+    """Compares two canonical graphs."""
+    equal = mine.digest == other.digest
+    return Certificate(
+        ours=mine.digest,
+        theirs=other.digest,
+        equal=equal,
+        nodes=len(mine.nodes),
+        difference=None if equal else first_difference(mine, other),
+    )
+
+
+def _certificate_differences(certificate: Certificate) -> list[str]:
+    if certificate.equal:
+        return []
+    if certificate.problem:
+        return [f"no certificate: PEFT's wrapped model could not be traced. {certificate.problem}"]
+    if certificate.difference is None:
+        return ["the graphs differ in their parameters or effects only"]
+    mine, other = certificate.difference
+    return [f"the graphs part where ours computes {mine} and PEFT's {other}"]
+
+
+# ---- running both ------------------------------------------------------------------------------
+
+
+def _runnable(model: nn.Module) -> bool:
+    return all(t.device.type != "meta" for t in (*model.parameters(), *model.buffers()))
+
+
+def _run_both(
+    ours: GraphModule, theirs: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Deviation, ...], tuple[Deviation, ...]]:
+    mine = dict(ours.named_parameters())
+    other = {peft_side.common_name(n): p for n, p in theirs.named_parameters()}
+    torch.manual_seed(SEED)
+    for name, p in mine.items():
+        if ".lora_B." in name and name in other:
+            values = torch.randn(p.shape, dtype=torch.float32).to(p) * 0.05
+            p.data.copy_(values)
+            other[name].data.copy_(values)
+    a, grads_a = _run(ours, mine, args, kwargs)
+    b, grads_b = _run(theirs, other, args, kwargs)
+    outputs = [_deviation(f"output {i}", x, y) for i, (x, y) in enumerate(zip(a, b, strict=True))]
+    names = [n for n in mine if n in grads_a or n in grads_b]
+    gradients = [_deviation(n, grads_a.get(n), grads_b.get(n)) for n in names]
+    return tuple(outputs), tuple(gradients)
+
+
+def _run(
+    model: nn.Module, parameters: dict[str, nn.Parameter], args: tuple[Any, ...], kwargs: Any
+) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+    torch.manual_seed(SEED)
+    out = model(*copy.deepcopy(args), **copy.deepcopy(kwargs))
+    tensors = [t for t in _leaves(out) if t.is_floating_point()]
+    trained = {n: p for n, p in parameters.items() if p.requires_grad}
+    losses = [t.float().square().mean() for t in tensors if t.requires_grad]
+    found: dict[str, torch.Tensor] = {}
+    if losses and trained:
+        grads = torch.autograd.grad(sum(losses), list(trained.values()), allow_unused=True)  # type: ignore[arg-type]
+        found = {n: g for n, g in zip(trained, grads, strict=True) if g is not None}
+    return [t.detach() for t in tensors], found
+
+
+def _leaves(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return [t for v in value for t in _leaves(v)]
+    return []
+
+
+def _deviation(name: str, a: torch.Tensor | None, b: torch.Tensor | None) -> Deviation:
+    if a is None or b is None:
+        return Deviation(name, False, float("inf"))
+    if a.shape != b.shape:
+        return Deviation(name, False, float("inf"))
+    same = torch.equal(a, b)
+    return Deviation(name, same, 0.0 if same else float((a.double() - b.double()).abs().max()))
+
+
+def _run_differences(
+    outputs: tuple[Deviation, ...], gradients: tuple[Deviation, ...]
+) -> list[str]:
+    out = []
+    for kind, rows in (("", outputs), ("gradient of ", gradients)):
+        for d in rows:
+            if not d.equal and d.largest == float("inf"):
+                out.append(f"{kind}{d.name}: only one side has it, or the shapes differ")
+            elif not d.equal:
+                out.append(f"{kind}{d.name}: differs by up to {d.largest:.3g}")
+    return out
+
+
+# ---- the module tree ---------------------------------------------------------------------------
+
+
+def _tree(model: nn.Module, plan: Plan) -> str:
+    """Returns the modules around the first adapted site, as `print(module)` shows them."""
+    first = next((s for s in plan.adapted), None)
+    if first is None:
+        return ""
+    owner = first.name if first.kind != "Parameter" else first.name.rpartition(".")[0]
+    return f"({owner}): {model.get_submodule(owner)!r}"

@@ -1,0 +1,67 @@
+"""What peft makes of the same model and config: wrapped beside it, never in it."""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxlora.trace.shell import frozen_view
+
+_CHAIN = re.compile(r"(?:\.base_layer)+\.(?!lora_|base_layer)")
+
+
+def common_name(name: str) -> str:
+    """Returns our name for a parameter of the module PEFT wrapped (without `base_model.model.`).
+
+    PEFT puts a wrapped module's own parameters below `.base_layer`; we leave them where they were.
+
+    >>> common_name("layers.0.q_proj.base_layer.weight")
+    'layers.0.q_proj.weight'
+    >>> common_name("mlp.experts.base_layer.lora_A.default.weight")
+    'mlp.experts.base_layer.lora_A.default.weight'
+    """
+    return re.sub(r"^base_layer\.(?!lora_)", "", _CHAIN.sub(".", name))
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """Returns a deep copy of a model that shares its weights.
+
+    PEFT wraps in place and freezes; the copy takes that, the model keeps its flags.
+    """
+    memo: dict[int, Any] = {}
+    for p in model.parameters():
+        view = frozen_view(p)
+        memo[id(p)] = view if view is p else view.requires_grad_(p.requires_grad)
+    for b in model.buffers():
+        memo[id(b)] = b
+    return copy.deepcopy(model, memo)
+
+
+def wrap(model: nn.Module, config: Any, seed: int) -> Any:
+    """Returns `peft.get_peft_model` of a twin of the model and a copy of the config.
+
+    Args:
+        model, config: read, never changed.
+        seed: set before PEFT draws the adapter's random numbers.
+
+    Raises:
+        Whatever peft raises.
+    """
+    from peft import get_peft_model
+
+    copied = twin(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(seed)
+        return get_peft_model(copied, copy.deepcopy(config))
+
+
+def wrapped(peft_model: Any) -> nn.Module:
+    """Returns the wrapped base model inside a PeftModel."""
+    inner: nn.Module = peft_model.base_model.model
+    return inner
