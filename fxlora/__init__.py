@@ -1,14 +1,16 @@
 """fxlora: what a LoRA configuration does to a model, as a graph, before a GPU hour is spent.
 
-    traced = fxlora.trace(model, args, kwargs)
-    plan = fxlora.plan(traced, LoraConfig(r=8, target_modules=["q_proj", "v_proj"]))
-    lora = fxlora.rewrite(traced, plan)
-    result = fxlora.compare(model, config, args, kwargs)
+traced = fxlora.trace(model, args, kwargs)
+plan = fxlora.plan(traced, LoraConfig(r=8, target_modules=["q_proj", "v_proj"]))
+lora = fxlora.rewrite(traced, plan)
+result = fxlora.compare(model, config, args, kwargs)
 """
 
 from fxlora.compare import Comparison, compare
 from fxlora.plan import Plan, plan
 from fxlora.rewrite import rewrite
 from fxlora.trace import trace
+
+__version__ = "0.1.0"
 
 __all__ = ["Comparison", "Plan", "compare", "plan", "rewrite", "trace"]

@@ -47,9 +47,7 @@ class Canonical:
     parameters: dict[str, tuple[Any, ...]] = field(default_factory=dict)
 
 
-def canonical(
-    graph_module: GraphModule, name: Callable[[str], str] = lambda n: n
-) -> Canonical:
+def canonical(graph_module: GraphModule, name: Callable[[str], str] = lambda n: n) -> Canonical:
     """Computes the canonical form of a graph, in linear time.
 
     Args:
@@ -172,8 +170,7 @@ class _Canonicaliser:
             function = getattr(module.function, "__name__", repr(module.function))
             return f"in train mode {function}", ("train only", function, *args)
         held = tuple(
-            (k, None if p is None else self._held(p))
-            for k, p in module._parameters.items()
+            (k, None if p is None else self._held(p)) for k, p in module._parameters.items()
         )
         buffers = tuple((k, tuple(b.shape)) for k, b in module._buffers.items() if b is not None)
         kind = f"{type(module).__module__}.{type(module).__qualname__}"

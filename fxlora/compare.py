@@ -358,9 +358,7 @@ def _deviation(name: str, a: torch.Tensor | None, b: torch.Tensor | None) -> Dev
     return Deviation(name, same, 0.0 if same else float((a.double() - b.double()).abs().max()))
 
 
-def _run_differences(
-    outputs: tuple[Deviation, ...], gradients: tuple[Deviation, ...]
-) -> list[str]:
+def _run_differences(outputs: tuple[Deviation, ...], gradients: tuple[Deviation, ...]) -> list[str]:
     out = []
     for kind, rows in (("", outputs), ("gradient of ", gradients)):
         for d in rows:

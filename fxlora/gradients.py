@@ -71,9 +71,7 @@ def target_name(node: Node) -> str:
     return str(getattr(target, "__name__", target)).rpartition(".")[2]
 
 
-def _flag(
-    root: GraphModule, node: Node, name: str, flags: dict[Node, bool], enabled: bool
-) -> bool:
+def _flag(root: GraphModule, node: Node, name: str, flags: dict[Node, bool], enabled: bool) -> bool:
     if node.op == "placeholder":
         return bool(node.meta.get("requires_grad", False))
     if node.op == "get_attr":

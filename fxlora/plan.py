@@ -192,8 +192,8 @@ def plan(traced: GraphModule, config: Any) -> Plan:
     facts = info(traced)
     settings = resolved_copy(config)
     asked = _asked(settings)
-    everything = _resolve_targets(settings, traced, facts.model)
-    planned = [_planned(s, settings, everything) for s in _all_sites(traced, settings)]
+    linear = _resolve_targets(settings, facts.model)
+    planned = [_planned(s, settings, linear) for s in _all_sites(traced, settings)]
     _check_other_layers(settings, facts.module_types)
     planned = _nest_parameters(planned)
     if not any(p.adapted for p in planned):
@@ -220,8 +220,15 @@ def _asked(config: Any) -> tuple[str, ...]:
     return tuple(sorted(targets))
 
 
-def _resolve_targets(config: Any, traced: GraphModule, model: nn.Module) -> str | None:
-    """Fills in `target_modules` where it is None or "all-linear"; returns what excluded a head."""
+@dataclass(frozen=True)
+class _AllLinear:
+    """What "all-linear" came to: the layer it leaves out, as the model's output layer."""
+
+    head: str | None
+
+
+def _resolve_targets(config: Any, model: nn.Module) -> _AllLinear | None:
+    """Fills in `target_modules` where it is None or "all-linear"; says so when it was the latter."""
     _moe_names(config, model)
     if config.target_modules is None and not config.target_parameters:
         config.target_modules = _by_model_type(model)
@@ -229,12 +236,10 @@ def _resolve_targets(config: Any, traced: GraphModule, model: nn.Module) -> str 
     if not isinstance(targets, str) or targets.lower() != "all-linear":
         return None
     # peft.tuners.tuners_utils._maybe_include_all_linear_layers
-    names = {
-        n for n, m in model.named_modules() if kind_of(type(m)) in ("Linear", "Conv1D")
-    }
+    names = {n for n, m in model.named_modules() if kind_of(type(m)) in ("Linear", "Conv1D")}
     head = _output_layer(config, model)
     config.target_modules = names - {head}
-    return head
+    return _AllLinear(head)
 
 
 def _moe_names(config: Any, model: nn.Module) -> None:
@@ -327,16 +332,20 @@ def _as_peft_sees(site: Site, traced: GraphModule) -> Site:
     return replace(site, in_features=b, out_features=a)
 
 
-def _planned(site: Site, config: Any, head: str | None) -> PlannedSite:
+def _planned(site: Site, config: Any, linear: _AllLinear | None) -> PlannedSite:
     if site.kind == "Parameter":
         return _planned_parameter(site, config)
     if not site.name:
-        return PlannedSite(site, "skipped", "root", "it is the model itself, which PEFT never adapts")
+        return PlannedSite(
+            site, "skipped", "root", "it is the model itself, which PEFT never adapts"
+        )
     found = matching.match(config, site.name)
     if not found.taken:
         reason = found.reason
-        if site.name == head:
-            reason = "all-linear leaves the output layer out"
+        if linear is not None and found.rule == "none":
+            reason = "all-linear takes nn.Linear and Conv1D only"
+            if site.name == linear.head:
+                reason = "all-linear leaves the output layer out"
         verdict = "excluded" if found.rule in ("excluded", "modules_to_save") else "skipped"
         return PlannedSite(site, verdict, found.rule, reason)
     if site.kind not in REWRITTEN:
@@ -344,7 +353,8 @@ def _planned(site: Site, config: Any, head: str | None) -> PlannedSite:
             f"{site.name!r} is targeted ({found.reason}) and is a {site.type_name}; fxlora adapts "
             f"{', '.join(REWRITTEN)} so far. Leave it out with exclude_modules=[{site.name!r}]"
         )
-    return _adapted(site, found.rule, found.reason, config, 1, site.name)
+    reason = "all-linear takes it" if linear is not None else found.reason
+    return _adapted(site, found.rule, reason, config, 1, site.name)
 
 
 def _planned_parameter(site: Site, config: Any) -> PlannedSite:
@@ -444,9 +454,7 @@ def _warnings(asked: tuple[str, ...], config: Any, planned: list[PlannedSite]) -
             yield f"target_modules entry {target!r} matches nothing.{did_you_mean(target, last)}"
     for which in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, which):
-            hit = any(
-                matching.pattern_value({key: 1}, p.name, 0)[0] for p in planned if p.adapted
-            )
+            hit = any(matching.pattern_value({key: 1}, p.name, 0)[0] for p in planned if p.adapted)
             if not hit:
                 yield f"{which} key {key!r} matches no adapted site"
     uncalled = [p.name for p in planned if p.adapted and not p.site.calls]

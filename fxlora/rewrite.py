@@ -87,7 +87,8 @@ def _views(traced: GraphModule, plan: Plan) -> Callable[[nn.Parameter], nn.Param
 
     def view(p: nn.Parameter) -> nn.Parameter:
         made = frozen_view(p)
-        return made.requires_grad_() if id(p) in trains else made
+        made.requires_grad = id(p) in trains
+        return made
 
     return view
 
@@ -112,6 +113,12 @@ def _add_modules(root: nn.Module, planned: PlannedSite, config: Any) -> None:
         attach(root, planned.prefix, nn.Module())
     for child, module in adapters.build(planned, weight, config).items():
         attach(root, f"{planned.prefix}.{child}", module)
+
+
+def _weight(root: nn.Module, path: str) -> nn.Parameter:
+    weight = root.get_submodule(path).weight
+    assert isinstance(weight, nn.Parameter)
+    return weight
 
 
 def _has(root: nn.Module, path: str) -> bool:
@@ -166,7 +173,7 @@ def _insert_branch(graph: Graph, planned: PlannedSite, base: Node, root: nn.Modu
     # the base output rather than itself.
     users = list(base.users)
     prefix = planned.prefix
-    weight = root.get_submodule(f"{prefix}.lora_A.{ADAPTER}").weight
+    weight = _weight(root, f"{prefix}.lora_A.{ADAPTER}")
     shape, dtype = base.meta.get("shape"), base.meta.get("dtype")
     x_shape = x.meta.get("shape") if isinstance(x, Node) else None
     inner = None if x_shape is None else (*x_shape[:-1], weight.shape[0])
@@ -205,7 +212,7 @@ def _delta_nodes(graph: Graph, planned: PlannedSite, base: Node, root: nn.Module
     new = _Inserter(graph, planned, base)
     shape, dtype = tuple(planned.site.shape), base.meta.get("dtype")
     names = [f"{planned.prefix}.{which}.{ADAPTER}" for which in ("lora_A", "lora_B")]
-    weights = [root.get_submodule(n).weight for n in names]
+    weights = [_weight(root, n) for n in names]
     a, b = (
         new.add(role, "get_attr", f"{n}.weight", (), tuple(w.shape), w.dtype)
         for role, n, w in zip(("lora_A", "lora_B"), names, weights, strict=True)

@@ -169,6 +169,19 @@ ZOO: dict[str, Entry] = {
         },
         ["q_proj", "v_proj", "fc1"],
     ),
+    "qwen3_moe": Entry(
+        _model(
+            "Qwen3MoeForCausalLM",
+            "Qwen3MoeConfig",
+            **_LLAMA,
+            head_dim=8,
+            moe_intermediate_size=16,
+            num_experts=4,
+            num_experts_per_tok=2,
+        ),
+        _causal,
+        ["q_proj", "v_proj"],
+    ),
     "albert": Entry(
         _model(
             "AlbertModel",

@@ -175,7 +175,8 @@ class Rebuild:
 
 
 def _get(holder: Any, key: str | int) -> Any:
-    return holder[key] if isinstance(holder, (dict, list, tuple)) else getattr(holder, str(key))
+    parts: Any = holder
+    return parts[key] if isinstance(holder, (dict, list, tuple)) else getattr(holder, str(key))
 
 
 def find_tensors(value: Any) -> list[tuple[Any, str | int]]:
@@ -212,7 +213,10 @@ def output_args(value: Any, arg: Callable[[Any], Any], call: Callable[..., Node]
         arg: turns a tensor or a plain value into a node argument.
         call: adds a call_function node.
     """
-    again = lambda v: output_args(v, arg, call)  # noqa: E731
+
+    def again(v: Any) -> Any:
+        return output_args(v, arg, call)
+
     if isinstance(value, torch.Tensor) or value is None:
         return arg(value)
     if isinstance(value, dict) and type(value) is not dict:

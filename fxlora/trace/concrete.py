@@ -39,7 +39,7 @@ _LOCK = threading.RLock()
 class _ShapeEnv(ShapeEnv):
     """A ShapeEnv whose symbols are s0, s1, ... in the order of the inputs' dimensions."""
 
-    def _generate_unique_id(self, source_name: str) -> int:
+    def _generate_unique_id(self, source_name: str) -> int:  # noqa: ARG002 - torch calls it
         n = len(self.unique_ids)
         self.unique_ids.add(n)
         return n
@@ -164,7 +164,7 @@ def _faker(
         if shape_env is None:
             made = fake_mode.from_tensor(plain, static_shapes=True, source=source)
         else:
-            context = StatelessSymbolicContext(
+            context: Any = StatelessSymbolicContext(
                 dynamic_sizes=[DimDynamic.DYNAMIC] * plain.dim(),
                 constraint_sizes=[None] * plain.dim(),
             )
@@ -216,8 +216,30 @@ def _patch(
         patches.enter_context(
             mock.patch.object(masking, "is_tracing", _is_tracing(recorder, masking.is_tracing))
         )
+    for patch in _stand_ins():
+        patches.enter_context(patch)
     patches.enter_context(recorder)
     return replayer
+
+
+def _stand_ins() -> Iterator[Any]:
+    """Yields patches of two torch functions that do nothing of interest and refuse fakes."""
+    from torch.nn.utils import parametrize
+
+    autocast, maybe_set = torch.autocast, getattr(parametrize, "_maybe_set", None)
+
+    def on_meta(device_type: str, *args: Any, **kwargs: Any) -> Any:
+        # torch has no autocast for the meta device; there is nothing to cast there either.
+        if device_type == "meta":
+            return contextlib.nullcontext()
+        return autocast(device_type, *args, **kwargs)
+
+    yield mock.patch.object(torch, "autocast", on_meta)
+    if maybe_set is not None:
+        # Registering a parametrization sets a parameter to itself, which fakes may not.
+        yield mock.patch.object(
+            parametrize, "_maybe_set", lambda a, b: None if a is b else maybe_set(a, b)
+        )
 
 
 def _is_tracing(recorder: Recorder, original: Callable[..., bool]) -> Callable[..., bool]:
@@ -229,9 +251,7 @@ def _is_tracing(recorder: Recorder, original: Callable[..., bool]) -> Callable[.
     return is_tracing
 
 
-def _caller(
-    recorder: Recorder, paths: Paths, replayer: Replay, thread: int
-) -> Callable[..., Any]:
+def _caller(recorder: Recorder, paths: Paths, replayer: Replay, thread: int) -> Callable[..., Any]:
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if recorder.paused or threading.get_ident() != thread:
             return _ORIGINAL_CALL(module, *args, **kwargs)
@@ -280,23 +300,26 @@ def _restored(model: nn.Module, notes: list[str]) -> Iterator[None]:
         yield
     finally:
         for name, m, attributes, dicts in before:
-            changed = [
-                k for k, v in m.__dict__.items() if k not in attributes or attributes[k] is not v
-            ]
+            changed = _differing(m.__dict__, attributes)
             for d, k in zip(dicts, kept, strict=True):
-                now = m.__dict__[k]
-                changed += [n for n in now if n not in d or now[n] is not d[n]]
-                if now != d or changed:
-                    now.clear()
-                    now.update(d)
-            if changed or len(m.__dict__) != len(attributes):
-                m.__dict__.clear()
-                m.__dict__.update(attributes)
-                if changed:
-                    notes.append(
-                        f"forward assigns {', '.join(sorted(changed))} on "
-                        f"{name or 'the model'}; the graph does not"
-                    )
+                changed += _differing(m.__dict__[k], d)
+                _put_back(m.__dict__[k], d)
+            _put_back(m.__dict__, attributes)
+            if changed:
+                notes.append(
+                    f"forward assigns {', '.join(sorted(changed))} on {name or 'the model'}; "
+                    "the graph does not"
+                )
+
+
+def _differing(now: dict[str, Any], then: dict[str, Any]) -> list[str]:
+    return [k for k, v in now.items() if k not in then or then[k] is not v]
+
+
+def _put_back(now: dict[str, Any], then: dict[str, Any]) -> None:
+    if _differing(now, then) or len(now) != len(then):
+        now.clear()
+        now.update(then)
 
 
 def _run(model: nn.Module, recorder: Recorder, args: list[Any], kwargs: dict[str, Any]) -> Any:
@@ -366,8 +389,12 @@ def _sweep(graph: Graph) -> None:
     for node in graph.nodes:
         plain = node.op in ("call_function", "call_method") and not node.meta.get("mutates")
         name = str(getattr(node.target, "__name__", node.target))
-        if plain and name not in known.RANDOM and name not in ("enter_grad_mode", "leave_grad_mode"):
-            fact = node.op == "call_method" and name == "size" or known.is_device(node)
+        if (
+            plain
+            and name not in known.RANDOM
+            and name not in ("enter_grad_mode", "leave_grad_mode")
+        ):
+            fact = (node.op == "call_method" and name == "size") or known.is_device(node)
             if fact or all(n in from_sizes for n in node.all_input_nodes):
                 from_sizes.add(node)
     for node in reversed(list(graph.nodes)):

@@ -43,7 +43,9 @@ def inputs(model: nn.Module) -> dict[str, Any]:
         )
     made[main] = builder(config, device)
     if "decoder_input_ids" in names and getattr(config, "is_encoder_decoder", False):
-        made["decoder_input_ids"] = torch.zeros(BATCH, TARGET_LENGTH, dtype=torch.long, device=device)
+        made["decoder_input_ids"] = torch.zeros(
+            BATCH, TARGET_LENGTH, dtype=torch.long, device=device
+        )
     if "input_ids" in names and main == "pixel_values":
         made["input_ids"] = torch.zeros(BATCH, LENGTH, dtype=torch.long, device=device)
     if "bbox" in names:
@@ -59,10 +61,8 @@ def inputs(model: nn.Module) -> dict[str, Any]:
     return made
 
 
-def _text(config: Any, device: torch.device) -> torch.Tensor:
-    length = LENGTH
-    # The text encoder of a T5-like model needs nothing else; XLM-R pads from position 2.
-    return torch.full((BATCH, length), 3, dtype=torch.long, device=device)
+def _text(_config: Any, device: torch.device) -> torch.Tensor:
+    return torch.full((BATCH, LENGTH), 3, dtype=torch.long, device=device)
 
 
 def _find(config: Any, *names: str) -> Any:

@@ -11,7 +11,7 @@ from fxlora.errors import GuardError
 from fxlora.trace import sizes
 from fxlora.trace.shell import GraphHelper
 
-_FUNCTIONS = {f.__name__: f for f in (*sizes._BY_NAME.values(), sizes.choose)}
+_FUNCTIONS: dict[str, Any] = {f.__name__: f for f in (*sizes._BY_NAME.values(), sizes.choose)}
 _FUNCTIONS.update(ceil=math.ceil, floor=math.floor, pow=pow)
 
 
@@ -101,7 +101,7 @@ class InputGuards(GraphHelper):
         if self.conditions:
             values = {s: tensors[i].size(d) for s, (i, d) in self.symbols.items()}
             for condition in self.conditions:
-                if not eval(condition, {"__builtins__": {}, **_FUNCTIONS}, values):  # noqa: S307
+                if not eval(condition, {"__builtins__": {}, **_FUNCTIONS}, values):
                     raise GuardError(self._violation(condition, values))
 
     def _violation(self, condition: str, values: dict[str, int]) -> str:
@@ -124,7 +124,7 @@ class ByMode(GraphHelper):
     placed below the module that asked, so that `train()` and `eval()` reach it.
     """
 
-    def __init__(self, train: Any, eval: Any) -> None:  # noqa: A002 - torch's own word
+    def __init__(self, train: Any, eval: Any) -> None:
         super().__init__()
         self.train_value = train
         self.eval_value = eval

@@ -18,7 +18,7 @@ _ASKS = frozenset("__bool__ __int__ __float__ __index__ item".split())
 RANDOM = frozenset("rand randn randint randperm rand_like randn_like bernoulli multinomial".split())
 
 
-class NotKnown(Exception):  # noqa: N818 - a signal, not an error
+class NotKnown(Exception):
     """The value depends on data."""
 
 
@@ -55,9 +55,11 @@ class Known:
             if at in self._values:
                 todo.pop()
                 continue
-            missing = [] if at in hints or is_device(at) else [
-                n for n in at.all_input_nodes if n not in self._values
-            ]
+            missing = (
+                []
+                if at in hints or is_device(at)
+                else [n for n in at.all_input_nodes if n not in self._values]
+            )
             if missing:
                 todo += missing
                 continue
@@ -97,7 +99,7 @@ class Range:
 def _compare(name: str, args: tuple[Any, ...]) -> bool:
     """Decides `rand() < c` for the constants where every draw gives the same answer."""
     if len(args) == 2 and isinstance(args[0], Range) and isinstance(args[1], (int, float)):
-        if name in ("lt", "le") and args[1] < 0 or name == "lt" and args[1] == 0:
+        if (name in ("lt", "le") and args[1] < 0) or (name == "lt" and args[1] == 0):
             return False
         if name in ("lt", "le") and args[1] >= 1:
             return True

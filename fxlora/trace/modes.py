@@ -40,7 +40,7 @@ class Merged:
     notes: tuple[str, ...] = ()
 
 
-class _Differ(Exception):  # noqa: N818 - a signal, not an error
+class _Differ(Exception):
     """The two runs make different calls."""
 
 

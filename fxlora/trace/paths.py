@@ -100,9 +100,7 @@ class Paths(contextlib.AbstractContextManager["Paths"]):
         for owner in (nn.ModuleList, nn.Sequential):
             yield mock.patch.object(owner, "__iter__", iter_(owner.__iter__))
             yield mock.patch.object(owner, "__getitem__", getitem(owner.__getitem__))
-        yield mock.patch.object(
-            nn.ModuleDict, "__getitem__", getitem(nn.ModuleDict.__getitem__)
-        )
+        yield mock.patch.object(nn.ModuleDict, "__getitem__", getitem(nn.ModuleDict.__getitem__))
         yield mock.patch.object(nn.ModuleDict, "items", items(nn.ModuleDict.items))
         yield mock.patch.object(nn.ModuleDict, "values", values(nn.ModuleDict.values))
 

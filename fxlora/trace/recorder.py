@@ -215,7 +215,7 @@ class Recorder(TorchFunctionMode):
         self.in_op += 1
         try:
             with self.hold():
-                out = function(*args, **kwargs)
+                out = operators.on_fakes(function)(*args, **kwargs)
         finally:
             self.in_op -= 1
         if self.shape_env is not None and len(self.shape_env.guards) > before:

@@ -28,7 +28,7 @@ from fxlora.trace.recorder import Recorder, tensors_in
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.layout, type)
 
 
-class _NotPlain(Exception):  # noqa: N818 - a signal, not an error
+class _NotPlain(Exception):
     """An argument or attribute whose equality says nothing about its behaviour."""
 
 
@@ -96,7 +96,7 @@ class Replay:
         for block in self._blocks.get(key, ()):
             if _same_reads(block, module):
                 self.count += 1
-                return self._copy(block, module, path, inputs)
+                return self._copy(block, path, inputs)
         start = len(recorder.graph.nodes)
         last = next(iter(reversed(recorder.graph.nodes)), None)
         mode_reads = len(recorder.mode_reads)
@@ -147,9 +147,7 @@ class Replay:
         for t in inputs:
             numbers.setdefault(id(t), len(numbers))
         nodes: dict[Node, int] = {}
-        same_node = tuple(
-            nodes.setdefault(self._recorder.node_of(t), len(nodes)) for t in inputs
-        )
+        same_node = tuple(nodes.setdefault(self._recorder.node_of(t), len(nodes)) for t in inputs)
         return (
             _structure(module),
             _plain((args, kwargs), numbers),
@@ -182,9 +180,7 @@ class Replay:
 
     # ---- copying -------------------------------------------------------------------------------
 
-    def _copy(
-        self, block: _Block, module: nn.Module, path: str, inputs: list[torch.Tensor]
-    ) -> Any:
+    def _copy(self, block: _Block, path: str, inputs: list[torch.Tensor]) -> Any:
         recorder = self._recorder
         new: dict[Node, Node] = {
             recorder.node_of(a): recorder.node_of(b)
@@ -234,8 +230,12 @@ class Replay:
             if id(value) in given:
                 return given[id(value)]
             with self._recorder.hold():
-                fresh = value.clone() if value.requires_grad else torch.empty_strided(
-                    value.shape, value.stride(), dtype=value.dtype, device=value.device
+                fresh = (
+                    value.clone()
+                    if value.requires_grad
+                    else torch.empty_strided(
+                        value.shape, value.stride(), dtype=value.dtype, device=value.device
+                    )
                 )
             self._recorder.bind(fresh, new[self._recorder.node_of(value)])
             return fresh

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -46,7 +46,7 @@ def is_leaf(module: nn.Module) -> bool:
 
 
 def _copy_leaf(module: nn.Module) -> nn.Module:
-    new = cast(nn.Module, object.__new__(type(module)))
+    new: nn.Module = object.__new__(type(module))
     new.__dict__.update(module.__dict__)
     # Hooks live in dicts: adding one to the graph's copy must not reach the model.
     for name, value in module.__dict__.items():
@@ -109,8 +109,10 @@ def frozen_view(p: nn.Parameter) -> nn.Parameter:
     if type(p) is not nn.Parameter:
         if not p.requires_grad:
             return p
-        copied = copy.copy(p)
-        return copied.requires_grad_(False)
+        copied: Any = copy.copy(p)
+        copied.requires_grad = False
+        made: nn.Parameter = copied
+        return made
     return nn.Parameter(p.detach(), requires_grad=False)
 
 

@@ -90,7 +90,10 @@ def lower(expr: Any, symbol: Callable[[str], Any], apply: Apply) -> Any:
     Raises:
         NotImplementedError: for a sympy function torch has not produced so far.
     """
-    go = lambda e: lower(e, symbol, apply)  # noqa: E731 - a two-letter recursion reads better
+
+    def go(e: Any) -> Any:
+        return lower(e, symbol, apply)
+
     if isinstance(expr, sympy.Symbol):
         return symbol(str(expr))
     if expr is sympy.true or expr is sympy.false:
@@ -102,12 +105,12 @@ def lower(expr: Any, symbol: Callable[[str], Any], apply: Apply) -> Any:
     if expr.is_Float:
         return float(expr)
     if expr.is_Add or expr.is_Mul:
-        function = operator.add if expr.is_Add else operator.mul
+        combine: Callable[..., Any] = operator.add if expr.is_Add else operator.mul
         # sympy's own order of terms is by hash of names; sort for the same text every time.
         terms = sorted(expr.args, key=lambda e: (e.is_number, sympy.default_sort_key(e)))
         out = go(terms[0])
         for term in terms[1:]:
-            out = apply(function, (out, go(term)))
+            out = apply(combine, (out, go(term)))
         return out
     if expr.is_Pow:
         return apply(pow, (go(expr.base), go(expr.exp)))
@@ -151,8 +154,10 @@ def text(expr: Any) -> str:
             return f"{function.__name__}({', '.join(map(str, args))})"
         closed = [str(a) if re.fullmatch(r"-?\w+", str(a)) else f"({a})" for a in args]
         if sign == "*":
-            return "*".join(str(a) if "*" in str(a) and " " not in str(a) else c
-                            for a, c in zip(args, closed, strict=True))
+            return "*".join(
+                str(a) if "*" in str(a) and " " not in str(a) else c
+                for a, c in zip(args, closed, strict=True)
+            )
         return f" {sign} ".join(map(str, args) if sign in "+ == != < <= > >=".split() else closed)
 
     return str(lower(expr, lambda name: name, apply))

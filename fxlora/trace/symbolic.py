@@ -27,7 +27,7 @@ class _Tracer(Tracer):
         self._paths = paths
         self._calls: dict[str, int] = {}
 
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:  # noqa: ARG002
         """Whether `m` stays one node (fx's rule, and every module PEFT adapts)."""
         return is_leaf(m)
 
@@ -134,5 +134,3 @@ def _attribute(model: nn.Module, target: str) -> Any:
     for name in target.split("."):
         value = getattr(value, name, None)
     return value
-
-

@@ -1,0 +1,142 @@
+"""A model named on a command line -> a module on the meta device; nothing is fetched or loaded."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxlora.errors import ModelSpecError, did_you_mean
+
+
+def build(spec: str) -> nn.Module:
+    """Builds the model a user named.
+
+    Args:
+        spec: a transformers `config.json`, a directory that holds one, a transformers model type
+            (`llama`), or `module:callable`, where the callable returns the model.
+
+    Returns:
+        The model in eval mode; a transformers model is built on the meta device, so its size does
+        not matter and no weight is loaded.
+
+    Raises:
+        ModelSpecError: says which of these forms was tried, and what to change.
+    """
+    path = Path(spec)
+    if path.is_dir():
+        path = path / "config.json"
+        if not path.is_file():
+            raise ModelSpecError(f"{spec!r} is a directory without a config.json")
+    if path.is_file():
+        return _from_config_file(path)
+    if ":" in spec:
+        return _from_callable(spec)
+    if spec.endswith(".json") or os.sep in spec:
+        raise ModelSpecError(f"{spec!r}: no such file. {_FORMS}")
+    return _from_model_type(spec)
+
+
+_FORMS = (
+    "Name a transformers config.json, a directory with one, a transformers model type such as "
+    "llama, or module:callable"
+)
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError:
+        raise ModelSpecError(
+            "a transformers config needs the transformers package: pip install transformers"
+        ) from None
+    return transformers
+
+
+def _from_config_file(path: Path) -> nn.Module:
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
+        raise ModelSpecError(f"{path}: not a readable JSON file: {e}") from None
+    if not isinstance(settings, dict) or "model_type" not in settings:
+        raise ModelSpecError(f"{path}: not a transformers config: it has no 'model_type'")
+    transformers = _transformers()
+    known = transformers.CONFIG_MAPPING
+    model_type = settings["model_type"]
+    if model_type not in known:
+        raise ModelSpecError(
+            f"{path}: model_type {model_type!r} is unknown to transformers "
+            f"{transformers.__version__}.{did_you_mean(str(model_type), list(known))}"
+        )
+    config = known[model_type].from_dict(settings)
+    return _from_config(config, settings.get("architectures"))
+
+
+def _from_model_type(name: str) -> nn.Module:
+    transformers = _transformers()
+    known = transformers.CONFIG_MAPPING
+    if name not in known:
+        raise ModelSpecError(
+            f"{name!r} is no file and no model type.{did_you_mean(name, list(known))} {_FORMS}"
+        )
+    return _from_config(known[name](), None)
+
+
+_AUTO = (
+    "AutoModelForCausalLM",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForSpeechSeq2Seq",
+    "AutoModelForMaskedLM",
+    "AutoModelForImageClassification",
+    "AutoModel",
+)
+
+
+def _from_config(config: Any, architectures: Any) -> nn.Module:
+    transformers = _transformers()
+    chosen = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
+    cls = getattr(transformers, chosen, None) if chosen else None
+    with torch.device("meta"):
+        if cls is not None:
+            return _built(lambda: cls(config), chosen)
+        for name in _AUTO:
+            auto = getattr(transformers, name, None)
+            if auto is not None and type(config) in auto._model_mapping:
+                return _built(lambda auto=auto: auto.from_config(config), name)
+    raise ModelSpecError(f"no transformers model takes a {type(config).__name__}")
+
+
+def _built(make: Any, name: str) -> nn.Module:
+    try:
+        model = make()
+    except Exception as e:
+        raise ModelSpecError(f"{name} cannot be built from this config: {e}") from e
+    model.eval()
+    made: nn.Module = model
+    return made
+
+
+def _from_callable(spec: str) -> nn.Module:
+    module_name, _, attribute = spec.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as e:
+        raise ModelSpecError(f"{spec!r}: cannot import {module_name!r}: {e}") from e
+    target: Any = getattr(module, attribute, None)
+    if target is None:
+        public = [n for n in vars(module) if not n.startswith("_")]
+        raise ModelSpecError(
+            f"{spec!r}: {module_name} has no {attribute!r}.{did_you_mean(attribute, public)}"
+        )
+    made = target if isinstance(target, nn.Module) else target()
+    if not isinstance(made, nn.Module):
+        raise ModelSpecError(f"{spec!r} gave a {type(made).__name__}, not a torch.nn.Module")
+    return made

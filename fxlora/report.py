@@ -1,0 +1,177 @@
+"""Plans and comparisons as plain text."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from fxlora.text import count, human, table
+
+if TYPE_CHECKING:
+    from fxlora.compare import Comparison, Parameter
+    from fxlora.plan import Plan, PlannedSite
+
+
+def totals(trainable: int, total: int, percent: float) -> str:
+    """Returns the line peft's print_trainable_parameters prints.
+
+    >>> totals(220, 545, 100 * 220 / 545)
+    'trainable params: 220 || all params: 545 || trainable%: 40.3670'
+    """
+    return (
+        f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {percent:.4f}"
+    )
+
+
+def _group(name: str) -> str:
+    """Returns a name with its layer indices left open: `model.layers.*.self_attn.q_proj`."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)", "*", name)
+
+
+def ranges(indices: list[int]) -> str:
+    """Returns indices as ranges.
+
+    >>> ranges([0, 1, 2, 5])
+    '0-2, 5'
+    """
+    out: list[list[int]] = []
+    for i in sorted(indices):
+        if out and out[-1][-1] == i - 1:
+            out[-1].append(i)
+        else:
+            out.append([i])
+    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in out)
+
+
+def plan_rows(plan: Plan) -> list[tuple[str, ...]]:
+    """Returns one row per kind of site: equal sites of repeated layers share a row."""
+    groups: dict[tuple[object, ...], list[PlannedSite]] = {}
+    for s in plan:
+        # The layer's own name is in a reason ("names it: 'model.layers.0...'"); leave it open too.
+        reason = _group(s.reason.replace(s.name, _group(s.name))) if s.name else s.reason
+        calls = (len(s.site.calls), s.bypassed)
+        key = (_group(s.name), s.kind, s.site.shape, s.verdict, reason, s.r, s.scaling, calls)
+        groups.setdefault(key, []).append(s)
+    rows: list[tuple[str, ...]] = []
+    for group, members in groups.items():
+        s = members[0]
+        name = str(group[0]) if len(members) > 1 else s.name or "(the model)"
+        note = str(group[4]) if len(members) > 1 else s.reason
+        if s.adapted and not s.site.calls:
+            note += "; never called"
+        elif s.adapted and s.bypassed:
+            note += f"; {s.bypassed} of {count(len(s.site.calls), 'call')} bypass it"
+        rows.append(
+            (
+                name,
+                f"x{len(members)}" if len(members) > 1 else "",
+                s.kind,
+                f"{s.site.out_features} x {s.site.in_features}",
+                "+".join(sorted({str(len(m.site.calls)) for m in members})),
+                s.verdict,
+                str(s.r) if s.adapted else "",
+                f"{s.scaling:g}" if s.adapted else "",
+                note,
+            )
+        )
+    return rows
+
+
+def plan_text(plan: Plan) -> str:
+    """Returns a plan as a table with its totals and warnings."""
+    head = ("site", "", "layer", "out x in", "calls", "verdict", "r", "scaling", "why")
+    adapted = len(plan.adapted)
+    calls = sum(sum(c.through_module for c in s.site.calls) for s in plan.adapted)
+    lines = [
+        f"{plan.model_class}: {adapted} of {count(len(plan), 'linear site')} adapted at "
+        f"{count(calls, 'call')}",
+        "",
+        table(head, plan_rows(plan), right=(1, 4, 6, 7)),
+        "",
+        totals(plan.trainable, plan.total, plan.percent),
+    ]
+    lines += [f"warning: {w}" for w in plan.warnings]
+    return "\n".join(lines)
+
+
+def _flag(value: bool | None) -> str:
+    return "-" if value is None else str(value)
+
+
+def parameter_text(rows: tuple[Parameter, ...], limit: int | None = None) -> str:
+    """Returns the parameter table: names on both sides, shapes, flags before and after."""
+    head = ("parameter", "in PEFT", "shape", "before", "after", "PEFT")
+    cells = [
+        (
+            r.name,
+            "same" if r.peft_name.endswith(r.name) else r.peft_name or "-",
+            " x ".join(map(str, r.shape)),
+            _flag(r.before),
+            _flag(r.after),
+            _flag(r.peft_after),
+        )
+        for r in (rows if limit is None else rows[:limit])
+    ]
+    text = table(head, cells)
+    if limit is not None and len(rows) > limit:
+        text += f"\n... and {len(rows) - limit:,} more; --json has them all"
+    return text
+
+
+def comparison_text(c: Comparison, limit: int = 24) -> str:
+    """Returns a comparison as a report."""
+    verdict = "equal" if c.equal else "NOT equal"
+    names = sum(1 for r in c.parameters if r.after is not None and r.after == r.peft_after)
+    lines = [
+        f"{c.plan.model_class}: fxlora and peft {c.peft_version} are {verdict}",
+        "",
+        f"  fxlora  {totals(c.trainable, c.total, c.percent)}",
+        f"  peft    "
+        f"{totals(c.peft_trainable, c.peft_total, 100 * c.peft_trainable / max(c.peft_total, 1))}",
+        f"  parameters   {names:,} of {len(c.parameters):,} agree in name, shape and requires_grad",
+        f"  certificate  {_certificate_line(c)}",
+        *_run_lines(c),
+    ]
+    if c.differences:
+        lines += ["", f"{count(len(c.differences), 'difference')}:"]
+        lines += [f"  - {d}" for d in c.differences[:limit]]
+        if len(c.differences) > limit:
+            lines.append(f"  ... and {len(c.differences) - limit:,} more; --json has them all")
+    if c.tree_before:
+        lines += ["", "before", _indent(c.tree_before), "after, as peft wraps it"]
+        lines += [_indent(c.tree_after)]
+    lines += ["", parameter_text(c.parameters, limit)]
+    return "\n".join(lines)
+
+
+def _certificate_line(c: Comparison) -> str:
+    if c.certificate.equal:
+        return (
+            f"the two graphs are the same computation "
+            f"({c.certificate.nodes:,} nodes, digest {c.certificate.ours[:12]})"
+        )
+    if c.certificate.problem:
+        return "none: PEFT's wrapped model could not be traced"
+    return f"the graphs differ ({c.certificate.ours[:12]}, PEFT {c.certificate.theirs[:12]})"
+
+
+def _run_lines(c: Comparison) -> list[str]:
+    if not c.outputs:
+        return ["  run          not run: the weights are on the meta device"]
+    out = []
+    for name, rows in (("outputs", c.outputs), ("gradients", c.gradients)):
+        same = sum(d.equal for d in rows)
+        worst = max((d.largest for d in rows), default=0.0)
+        out.append(
+            f"  {name:<12} {same:,} of {len(rows):,} bit-equal, largest difference {worst:.3g}"
+        )
+    return out
+
+
+def _indent(text: str) -> str:
+    return "\n".join("  " + line for line in text.splitlines())
+
+
+def headline(plan: Plan) -> str:
+    """Returns the totals the way a title says them."""
+    return f"{human(plan.trainable)} of {human(plan.total)} train ({plan.percent:.2f} %)"
