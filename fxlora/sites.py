@@ -155,17 +155,18 @@ def _parameter_names(root: nn.Module, aliases: list[str]) -> Iterator[str]:
 
 
 def _module_site(
-    root: nn.Module, aliases: list[str], kind: str, type_name: str, calls: dict[str, list[Call]]
+    root: GraphModule, aliases: list[str], kind: str, type_name: str, calls: dict[str, list[Call]]
 ) -> Site:
     name = aliases[0]
-    module = root.get_submodule(name)
+    # The live module: a graph keeps of a non-leaf (nn.MultiheadAttention) its tensors only.
+    module: Any = info(root).model.get_submodule(name)
     weight = module.in_proj_weight if kind == "MultiheadAttention" else module.weight
     shape = tuple(weight.shape) if isinstance(weight, torch.Tensor) else ()
     own = [c for a in aliases for c in calls.get(a, ())]
     for parameter in _parameter_names(root, aliases):
         if parameter.rpartition(".")[2] != "bias":
             own += [c for c in calls.get(parameter, ()) if c not in own]
-    order = {n: i for i, n in enumerate(root.graph.nodes)}  # type: ignore[union-attr, arg-type]
+    order = {n: i for i, n in enumerate(root.graph.nodes)}
     own.sort(key=lambda c: order[c.node])
     in_features, out_features = _features(module, kind, shape)
     bias = getattr(module, "in_proj_bias" if kind == "MultiheadAttention" else "bias", None)

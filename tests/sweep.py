@@ -69,6 +69,21 @@ def small_config(config_class: type) -> Any:
     return config
 
 
+def build(config_class: type, model_class: type) -> torch.nn.Module:
+    """Builds a class on meta: from its config cut to two layers, else from the whole default."""
+    for make in (small_config, lambda c: c()):
+        try:
+            config = make(config_class)
+            wanted = model_class.config_class
+            if wanted is not None and not isinstance(config, wanted):
+                config = config.get_text_config()
+            with torch.device("meta"):
+                return model_class(config).eval()
+        except Exception as e:
+            error = e
+    raise error
+
+
 def check(name: str, config_class: type, model_class: type, certificate: bool = True) -> Row:
     """Traces, plans and rewrites one class for all-linear, and compares it with peft."""
     from peft import LoraConfig
@@ -76,10 +91,7 @@ def check(name: str, config_class: type, model_class: type, certificate: bool = 
     row = Row(name, "equal")
     start = time.process_time()
     try:
-        config = small_config(config_class)
-        with torch.device("meta"):
-            model = model_class(config)
-        model.eval()
+        model = build(config_class, model_class)
     except Exception as e:
         return Row(name, "build", f"{type(e).__name__}: {str(e)[:200]}")
     lora = LoraConfig(r=4, target_modules="all-linear")

@@ -115,6 +115,7 @@ def record(
     _name_sizes(recorder, placeholders)
     with _LOCK, fake_mode:
         with contextlib.ExitStack() as patches:
+            patches.enter_context(_fake_buffers(model, recorder, fake_mode))
             replayer = _patch(patches, model, recorder, mode, replay)
             out = _run(model, recorder, positional, named)
         _finish(graph, recorder, out)
@@ -223,7 +224,7 @@ def _patch(
 
 
 def _stand_ins() -> Iterator[Any]:
-    """Yields patches of two torch functions that do nothing of interest and refuse fakes."""
+    """Yields patches of torch functions that do nothing of interest here and refuse fakes."""
     from torch.nn.utils import parametrize
 
     autocast, maybe_set = torch.autocast, getattr(parametrize, "_maybe_set", None)
@@ -235,6 +236,8 @@ def _stand_ins() -> Iterator[Any]:
         return autocast(device_type, *args, **kwargs)
 
     yield mock.patch.object(torch, "autocast", on_meta)
+    # A distribution checks its arguments' values, which only ever raises.
+    yield mock.patch.object(torch.distributions.Distribution, "_validate_args", False)
     if maybe_set is not None:
         # Registering a parametrization sets a parameter to itself, which fakes may not.
         yield mock.patch.object(
@@ -255,7 +258,7 @@ def _caller(recorder: Recorder, paths: Paths, replayer: Replay, thread: int) -> 
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if recorder.paused or threading.get_ident() != thread:
             return _ORIGINAL_CALL(module, *args, **kwargs)
-        path = paths.of(module, recorder)
+        path = paths.of(module)
         if path is None:  # made inside forward: its operations belong to whoever made it
             return _ORIGINAL_CALL(module, *args, **kwargs)
         if is_leaf(module):
@@ -312,6 +315,26 @@ def _restored(model: nn.Module, notes: list[str]) -> Iterator[None]:
                 )
 
 
+@contextlib.contextmanager
+def _fake_buffers(model: nn.Module, recorder: Recorder, mode: FakeTensorMode) -> Iterator[None]:
+    """Puts a fake in place of every buffer: a batch norm in train mode counts in place."""
+    fakes: dict[int, torch.Tensor] = {}
+    before = [(m._buffers, dict(m._buffers)) for m in model.modules() if m._buffers]
+    for buffers, _ in before:
+        for name, b in buffers.items():
+            if b is None:
+                continue
+            if id(b) not in fakes:
+                fakes[id(b)] = mode.from_tensor(b, static_shapes=True)
+                recorder.rename(b, fakes[id(b)])
+            buffers[name] = fakes[id(b)]
+    try:
+        yield
+    finally:
+        for buffers, then in before:
+            _put_back(buffers, then)
+
+
 def _differing(now: dict[str, Any], then: dict[str, Any]) -> list[str]:
     return [k for k, v in now.items() if k not in then or then[k] is not v]
 
@@ -339,7 +362,7 @@ def _explain(model: nn.Module, recorder: Recorder, e: Exception) -> str:
     kind = type(e).__name__
     said = str(e).strip().splitlines()
     head = f"{type(model).__name__} cannot be traced: {kind} at {where}{inside}."
-    if "DataDependent" in kind or "GuardOnDataDependent" in kind:
+    if "DataDependent" in kind:
         return (
             f"{head} This line chooses its path by a tensor's values, and tracing has no values. "
             "Choose by a size or a flag instead, or trace the submodules below it one by one"

@@ -13,16 +13,18 @@ from torch import nn
 class Paths(contextlib.AbstractContextManager["Paths"]):
     """Resolves a module object to the name it was reached by.
 
-    A module with one name needs no watching. Where a model has aliases (`self.b = self.a`), the
-    last attribute access that produced the module tells which name the forward used.
+    A module with one name is its name. Where a model has aliases (`self.b = self.a`), each
+    attribute access gives its own stand-in: a second object of the same class over the same
+    `__dict__`, so it is the module in everything but identity, and identity tells the name.
+    torch.export does the same.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._names: dict[int, list[str]] = {}
         for name, m in model.named_modules(remove_duplicate=False):
             self._names.setdefault(id(m), []).append(name)
-        self._root = model
-        self._reached: dict[int, tuple[nn.Module, str]] = {}
+        self._stand_ins: dict[tuple[int, str], nn.Module] = {}
+        self._paths: dict[int, str] = {}
         self._patches = contextlib.ExitStack()
 
     def __enter__(self) -> Paths:
@@ -34,30 +36,29 @@ class Paths(contextlib.AbstractContextManager["Paths"]):
     def __exit__(self, *exc: object) -> None:
         self._patches.close()
 
-    def of(self, module: nn.Module, recorder: Any) -> str | None:
+    def of(self, module: nn.Module) -> str | None:
         """Returns the path a call of `module` goes by; None for a module outside the model."""
+        if id(module) in self._paths:
+            return self._paths[id(module)]
         names = self._names.get(id(module))
-        if names is None:
-            return None
-        if len(names) == 1:
-            return names[0]
-        path = self._resolve(module, recorder, set())
-        return path if path in names else names[0]
+        return None if names is None else names[0]
 
-    def _resolve(self, module: nn.Module, recorder: Any, seen: set[int]) -> str | None:
-        if module is self._root:
-            return ""
-        for m, frame in zip(reversed(recorder.modules), reversed(recorder.stack), strict=False):
-            if m is module:
-                return str(frame.path)
-        if id(module) not in self._reached or id(module) in seen:
-            names = self._names.get(id(module))
-            return names[0] if names else None
-        parent, name = self._reached[id(module)]
-        above = self._resolve(parent, recorder, seen | {id(module)})
+    def _note(self, child: Any, parent: nn.Module, name: str) -> Any:
+        if not isinstance(child, nn.Module) or len(self._names.get(id(child), ())) < 2:
+            return child
+        above = self.of(parent)
         if above is None:
-            return None
-        return f"{above}.{name}" if above else name
+            return child
+        path = f"{above}.{name}" if above else name
+        if path not in self._names[id(child)]:
+            return child
+        key = (id(parent), name)
+        if key not in self._stand_ins:
+            made: nn.Module = object.__new__(type(child))
+            made.__dict__ = child.__dict__
+            self._stand_ins[key] = made
+            self._paths[id(made)] = path
+        return self._stand_ins[key]
 
     def _watchers(self) -> Iterator[Any]:
         note = self._note
@@ -103,8 +104,3 @@ class Paths(contextlib.AbstractContextManager["Paths"]):
         yield mock.patch.object(nn.ModuleDict, "__getitem__", getitem(nn.ModuleDict.__getitem__))
         yield mock.patch.object(nn.ModuleDict, "items", items(nn.ModuleDict.items))
         yield mock.patch.object(nn.ModuleDict, "values", values(nn.ModuleDict.values))
-
-    def _note(self, child: Any, parent: nn.Module, name: str) -> Any:
-        if isinstance(child, nn.Module):
-            self._reached[id(child)] = (parent, name)
-        return child

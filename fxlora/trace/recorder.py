@@ -66,7 +66,6 @@ class Recorder(TorchFunctionMode):
         self.graph = graph
         self.size_nodes = sizes.SizeNodes(graph)
         self.stack: list[Frame] = []
-        self.modules: list[nn.Module] = []
         self.constants: dict[str, torch.Tensor] = {}
         self.paused = 0
         self.in_op = 0
@@ -96,6 +95,11 @@ class Recorder(TorchFunctionMode):
         """Lets `tensor` stand for `node` from now on."""
         self._keep.append(tensor)
         self._nodes[id(tensor)] = node
+
+    def rename(self, tensor: torch.Tensor, fake: torch.Tensor) -> None:
+        """Lets a fake go by the names of the buffer it stands in for."""
+        self._keep.append(fake)
+        self._names[id(fake)] = self._names[id(tensor)]
 
     def node_of(self, tensor: torch.Tensor) -> Node:
         """Returns the node a tensor stands for; parameters and constants get one when first read.

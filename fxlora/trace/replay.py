@@ -123,7 +123,6 @@ class Replay:
     ) -> Any:
         recorder = self._recorder
         recorder.stack.append(recorder.frame(module, path))
-        recorder.modules.append(module)
         try:
             return forward(module, *args, **kwargs)
         except Exception:
@@ -132,7 +131,6 @@ class Replay:
             raise
         finally:
             recorder.stack.pop()
-            recorder.modules.pop()
 
     # ---- may it be copied? ---------------------------------------------------------------------
 

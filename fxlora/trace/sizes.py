@@ -168,6 +168,10 @@ def evaluate(expr: Any, sizes: dict[str, int]) -> Any:
     return lower(expr, sizes.__getitem__, lambda function, args: function(*args))
 
 
+class DataDependentSizeError(Exception):
+    """A size that follows from a tensor's values, not from the inputs' sizes."""
+
+
 class SizeNodes:
     """Builds the nodes that compute sizes at the head of a graph, each expression once.
 
@@ -201,6 +205,8 @@ class SizeNodes:
 
     def _symbol(self, name: str) -> Any:
         if name not in self.symbols:
+            if name not in self.origins:
+                raise DataDependentSizeError(name)
             origin, dimension = self.origins[name]
             self.symbols[name] = self.head("call_method", "size", (origin, dimension))
         return self.symbols[name]

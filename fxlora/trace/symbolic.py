@@ -8,7 +8,7 @@ from unittest import mock
 
 import torch
 from torch import nn
-from torch.fx import Graph, Node, Tracer
+from torch.fx import Graph, Node, Tracer, _symbolic_trace
 
 from fxlora.errors import TraceError
 from fxlora.facts import Frame
@@ -23,7 +23,6 @@ class _Tracer(Tracer):
     def __init__(self, paths: Paths) -> None:
         super().__init__()
         self.stack: list[Frame] = []
-        self.modules: list[nn.Module] = []
         self._paths = paths
         self._calls: dict[str, int] = {}
 
@@ -33,7 +32,7 @@ class _Tracer(Tracer):
 
     def path_of_module(self, mod: nn.Module) -> str:
         """Returns the name `mod` was reached by."""
-        path = self._paths.of(mod, self)
+        path = self._paths.of(mod)
         return super().path_of_module(mod) if path is None else path
 
     def call_module(
@@ -44,12 +43,10 @@ class _Tracer(Tracer):
         n = self._calls.get(path, 0)
         self._calls[path] = n + 1
         self.stack.append(Frame(path, type(m).__name__, n))
-        self.modules.append(m)
         try:
             return super().call_module(m, forward, args, kwargs)
         finally:
             self.stack.pop()
-            self.modules.pop()
 
     def create_node(self, *args: Any, **kwargs: Any) -> Node:
         """Creates a node that knows its modules and its line."""
@@ -108,6 +105,9 @@ def record(model: nn.Module, mode: bool) -> Recording:
     try:
         with (
             Paths(model) as paths,
+            # torch.fx looks attributes up through its own reference to __getattr__; let it use
+            # the one that is in place now, which notes by what name a module was reached.
+            mock.patch.object(_symbolic_trace, "_orig_module_getattr", nn.Module.__getattr__),
             mock.patch.object(nn.Module, "training", _Training(mode, reads), create=True),
         ):
             graph = _Tracer(paths).trace(model)

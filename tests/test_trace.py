@@ -1,0 +1,364 @@
+"""The tracer: one kind of graph from either tracer, on other sizes and modes, of any structure."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from zoo import ZOO, tensors
+
+import fxlora
+from fxlora.errors import GuardError, TraceError
+from fxlora.facts import info
+
+
+def calls(graph: torch.fx.GraphModule) -> list[str]:
+    return [
+        str(n.target) for n in graph.graph.nodes if n.op == "call_module" and n.meta["module_stack"]
+    ]
+
+
+class TestBothTracers:
+    """What symbolic and concrete tracing agree on."""
+
+    def test_sequential_needs_no_inputs_and_gives_the_graph_inputs_would_give(self) -> None:
+        model = nn.Sequential(nn.Linear(10, 20), nn.ReLU(), nn.Linear(20, 5))
+        symbolic, concrete = fxlora.trace(model), fxlora.trace(model, (torch.ones(2, 10),))
+        assert calls(symbolic) == calls(concrete) == ["0", "1", "2"]
+        x = torch.randn(3, 10)
+        assert torch.equal(symbolic(x), concrete(x))
+
+    @pytest.mark.parametrize("inputs", [(), (torch.ones(2, 4),)], ids=["symbolic", "concrete"])
+    def test_aliases_keep_their_own_names(self, inputs: tuple[Any, ...]) -> None:
+        class Aliased(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.a = nn.Linear(4, 4)
+                self.b = self.a
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return self.b(self.a(x))
+
+        assert calls(fxlora.trace(Aliased(), inputs)) == ["a", "b"]
+
+    @pytest.mark.parametrize("inputs", [(), (torch.ones(2, 4),)], ids=["symbolic", "concrete"])
+    def test_a_module_twice_in_a_sequential_is_called_by_both_names(self, inputs: Any) -> None:
+        layer = nn.Linear(4, 4)
+        assert calls(fxlora.trace(nn.Sequential(layer, nn.ReLU(), layer), inputs)) == [
+            "0",
+            "1",
+            "2",
+        ]
+
+    @pytest.mark.parametrize("inputs", [(), (torch.ones(2, 4),)], ids=["symbolic", "concrete"])
+    def test_functional_dropout_follows_train_and_eval(self, inputs: tuple[Any, ...]) -> None:
+        class Dropping(nn.Module):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return F.dropout(x, 0.5, training=self.training)
+
+        model = Dropping().eval()
+        traced = fxlora.trace(model, inputs)
+        x = torch.ones(2, 4)
+        assert torch.equal(traced(x), x)
+        traced.train()
+        torch.manual_seed(3)
+        dropped = traced(x)
+        torch.manual_seed(3)
+        assert torch.equal(dropped, F.dropout(x, 0.5, training=True))
+        assert not model.training
+
+
+class TestInputsAndOutputs:
+    """Structure in, structure out."""
+
+    def test_nested_inputs_and_outputs_keep_their_structure(self) -> None:
+        class Nested(nn.Module):
+            def forward(
+                self, batch: dict[str, Any], *, scale: float = 1.0, flag: Any = None
+            ) -> Any:
+                a, (b, c) = batch["a"], batch["rest"]
+                return {"sum": a + b * scale, "pair": (c, [a - b]), "flag": flag}
+
+        batch = {"a": torch.ones(2, 3), "rest": (torch.ones(2, 3), torch.zeros(2))}
+        traced = fxlora.trace(Nested(), (batch,), {"scale": 2.0})
+        other = {"a": torch.randn(5, 3), "rest": (torch.randn(5, 3), torch.randn(5))}
+        out, expected = traced(other, scale=2.0), Nested()(other, scale=2.0)
+        assert out.keys() == expected.keys()
+        assert isinstance(out["pair"], tuple)
+        assert isinstance(out["pair"][1], list)
+        assert out["flag"] is None
+        assert all(torch.equal(x, y) for x, y in zip(tensors(out), tensors(expected), strict=True))
+
+    def test_a_constant_argument_is_fixed_and_another_value_is_refused_by_name(self) -> None:
+        class Scaled(nn.Module):
+            def forward(self, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+                return x * scale
+
+        traced = fxlora.trace(Scaled(), (torch.ones(2),), {"scale": 2.0})
+        with pytest.raises(GuardError, match=r"scale=3\.0.*traced with scale=2\.0"):
+            traced(torch.ones(2), scale=3.0)
+
+    def test_a_dataclass_and_a_cache_object_come_back_rebuilt(self) -> None:
+        @dataclasses.dataclass
+        class Out:
+            y: torch.Tensor
+            n: int
+
+        class Cache:
+            def __init__(self) -> None:
+                self.layers: list[torch.Tensor] = []
+
+        class Model(nn.Module):
+            def forward(self, x: torch.Tensor) -> Any:
+                cache = Cache()
+                cache.layers.append(x + 1)
+                return Out(x * 2, 3), cache
+
+        traced = fxlora.trace(Model(), (torch.ones(2),))
+        x = torch.randn(2)
+        out, cache = traced(x)
+        assert isinstance(out, Out)
+        assert torch.equal(out.y, x * 2)
+        assert out.n == 3
+        assert isinstance(cache, Cache)
+        assert torch.equal(cache.layers[0], x + 1)
+        traced(torch.zeros(2))
+        assert torch.equal(cache.layers[0], x + 1), "a later call must not change an earlier result"
+
+    def test_one_sequence_as_the_example_stands_for_any_batch(self) -> None:
+        entry = ZOO["bert"]
+        model = entry.build().eval()
+        traced = fxlora.trace(model, (), {"input_ids": torch.full((1, 7), 5)})
+        for size in ((1, 9), (4, 5)):
+            x = torch.randint(0, 99, size)
+            assert torch.equal(
+                traced(input_ids=x).last_hidden_state, model(input_ids=x).last_hidden_state
+            )
+
+
+class TestGuards:
+    """A call the graph does not stand for is refused, not miscomputed."""
+
+    class Branching(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * 2 if x.size(1) > 4 else x * 3
+
+    def test_a_branch_on_a_size_is_a_guard_with_its_meaning(self) -> None:
+        traced = fxlora.trace(self.Branching(), (torch.ones(2, 8),))
+        assert torch.equal(traced(torch.ones(3, 5)), torch.full((3, 5), 2.0))
+        with pytest.raises(GuardError, match=r"s1 > 4, where s1 is x\.size\(1\)"):
+            traced(torch.ones(2, 3))
+
+    def test_a_size_the_weights_fix_is_refused_by_number(self) -> None:
+        traced = fxlora.trace(nn.Sequential(nn.Linear(4, 2)), (torch.ones(2, 4),))
+        with pytest.raises(
+            GuardError, match=r"input\.size\(1\) is 5; this graph stands for 4 only"
+        ):
+            traced(torch.ones(2, 5))
+
+    def test_a_missing_input_is_named(self) -> None:
+        class Two(nn.Module):
+            def forward(self, x: torch.Tensor, k: int = 0, y: Any = None) -> torch.Tensor:
+                return x + y
+
+        traced = fxlora.trace(Two(), (torch.ones(2), 0, torch.ones(2)))
+        with pytest.raises(GuardError, match="y is missing"):
+            traced(torch.ones(2))
+
+    def test_a_mode_that_takes_another_path_is_refused(self) -> None:
+        class Modal(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.lin = nn.Linear(4, 4)
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return self.lin(x) if self.training else torch.tanh(x)
+
+        traced = fxlora.trace(Modal().eval(), (torch.ones(2, 4),))
+        traced(torch.ones(2, 4))
+        traced.train()
+        with pytest.raises(GuardError, match="traced in eval mode"):
+            traced(torch.ones(2, 4))
+
+
+class TestEffects:
+    """In-place calls and random draws survive; the model does not change."""
+
+    def test_in_place_writes_survive(self) -> None:
+        class Writes(nn.Module):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                out = torch.zeros_like(x)
+                out[:, 0] = x[:, 1]
+                out.index_add_(1, torch.tensor([1]), x[:, :1])
+                return out
+
+        x = torch.randn(3, 4)
+        traced = fxlora.trace(Writes(), (torch.ones(2, 4),))
+        assert torch.equal(traced(x), Writes()(x))
+
+    def test_an_identity_does_not_take_over_its_input(self) -> None:
+        class Model(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.same = nn.Identity()
+                self.lin = nn.Linear(4, 4)
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                y = self.same(x)
+                return self.lin(y) + x
+
+        graph = fxlora.trace(Model(), (torch.ones(2, 4),)).graph
+        add = next(n for n in graph.nodes if n.target == "add")
+        assert [n.op for n in add.all_input_nodes] == ["call_module", "placeholder"]
+
+    def test_train_mode_draws_random_numbers_in_the_model_s_order(self) -> None:
+        class LayerDrop(nn.Module):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                if self.training and torch.rand([]) < 0.0:
+                    return x
+                return F.dropout(x, 0.5, training=self.training)
+
+        model = LayerDrop().eval()
+        traced = fxlora.trace(model, (torch.ones(2, 4),))
+        traced.train()
+        model.train()
+        torch.manual_seed(3)
+        a = model(torch.ones(2, 4))
+        torch.manual_seed(3)
+        assert torch.equal(a, traced(torch.ones(2, 4)))
+
+    def test_tracing_leaves_the_model_as_it_was(self) -> None:
+        class Stateful(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.lin = nn.Linear(4, 4)
+                self.bn = nn.BatchNorm1d(4)
+                self.seen: Any = None
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                self.seen = x
+                return self.bn(self.lin(x))
+
+        model = Stateful()
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        traced = fxlora.trace(model, (torch.ones(2, 4),))
+        assert model.seen is None
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+        assert any("seen" in note for note in info(traced).notes)
+
+    def test_a_failed_trace_puts_everything_back(self) -> None:
+        class Failing(nn.Module):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return x if x.sum() > 0 else -x
+
+        watched = ("__call__", "__getattr__")
+        before = [nn.Module.__dict__[k] for k in watched], torch.SymBool.__bool__
+        with pytest.raises(TraceError, match=r"x if x\.sum\(\) > 0"):
+            fxlora.trace(Failing(), (torch.ones(2),))
+        assert ([nn.Module.__dict__[k] for k in watched], torch.SymBool.__bool__) == before
+        assert "training" not in nn.Module.__dict__
+        assert "__getattribute__" not in nn.Module.__dict__
+        assert nn.Linear(2, 2)(torch.ones(1, 2)).shape == (1, 2)
+
+    def test_another_thread_s_model_is_not_recorded(self) -> None:
+        other = nn.Linear(3, 3)
+        seen: list[torch.Tensor] = []
+
+        class Waiting(nn.Module):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                t = threading.Thread(target=lambda: seen.append(other(torch.ones(1, 3))))
+                t.start()
+                t.join()
+                return x + 1
+
+        graph = fxlora.trace(Waiting(), (torch.ones(2),)).graph
+        assert all(n.op != "call_module" or n.target == "_guards" for n in graph.nodes)
+        assert type(seen[0]) is torch.Tensor
+
+
+class TestErrors:
+    """An error names the line of the model's code and what to do."""
+
+    def test_a_data_dependent_branch_names_its_line(self) -> None:
+        class Data(nn.Module):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                if x.max() > 1:
+                    return x
+                return -x
+
+        with pytest.raises(TraceError, match=r"if x\.max\(\) > 1:`.*by a tensor's values"):
+            fxlora.trace(Data(), (torch.ones(2),))
+
+    def test_wrong_example_inputs_show_the_signature(self) -> None:
+        with pytest.raises(TraceError, match=r"Linear\.forward\(input.*does not take"):
+            fxlora.trace(nn.Linear(2, 2), (), {"wrong": torch.ones(2)})
+
+    def test_a_model_that_needs_inputs_says_so(self) -> None:
+        class Loops(nn.Module):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                for _ in range(x.size(0)):
+                    x = x + 1
+                return x
+
+        with pytest.raises(TraceError, match=r"fxlora\.trace\(model, args, kwargs\)"):
+            fxlora.trace(Loops())
+
+
+class TestReplay:
+    """Repeated blocks are traced once, and the graph is the one full tracing gives."""
+
+    @pytest.mark.parametrize("name", ["gpt2", "llama", "bert", "t5", "vit", "whisper", "qwen3_moe"])
+    def test_replayed_graph_equals_the_fully_traced_one(self, name: str) -> None:
+        entry = ZOO[name]
+        model = entry.build()
+        inputs = entry.inputs(*entry.sizes[0])
+        fast = fxlora.trace(model, (), inputs)
+        full = fxlora.trace(model, (), inputs, replay=False)
+        assert info(fast).replayed > 0
+        assert info(full).replayed == 0
+        assert fast.code == full.code
+        for a, b in zip(fast.graph.nodes, full.graph.nodes, strict=True):
+            for key in ("module_stack", "shape", "dtype", "source", "grad_enabled"):
+                assert a.meta.get(key) == b.meta.get(key), (a, key)
+
+    def test_blocks_that_differ_in_what_they_read_are_traced_apart(self) -> None:
+        class Block(nn.Module):
+            def __init__(self, scale: float, index: int) -> None:
+                super().__init__()
+                self.lin, self.scale, self.index = nn.Linear(4, 4), scale, index
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return self.lin(x) * self.scale
+
+        class Stack(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.layers = nn.ModuleList(Block(s, i) for i, s in enumerate((1.0, 1.0, 2.0, 1.0, 1.0)))
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                for layer in self.layers:
+                    x = layer(x)
+                return x
+
+        model = Stack()
+        traced = fxlora.trace(model, (torch.ones(2, 4),))
+        x = torch.randn(3, 4)
+        assert torch.equal(traced(x), model(x))
+        # The first block is a kind of its own (its input needs no gradient) and so is the third;
+        # the index differs in every block but is never read.
+        assert info(traced).replayed == 2
+
+    def test_tracing_is_flat_in_depth(self) -> None:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        for layers in (4, 16):
+            config = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=layers,
+                                 num_attention_heads=4, vocab_size=99)  # fmt: skip
+            with torch.device("meta"):
+                model = LlamaForCausalLM(config)
+            assert info(fxlora.trace(model)).replayed == layers - 1
