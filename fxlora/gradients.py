@@ -25,6 +25,7 @@ _SHAPE_ONLY = {
     "to": 1,
     "cast_like": 1,
 }
+_CASTS = frozenset("to cast_like type type_as float half bfloat16 double".split())
 _INTEGER = frozenset("long int short char byte bool".split())
 
 
@@ -85,12 +86,27 @@ def _flag(root: GraphModule, node: Node, name: str, flags: dict[Node, bool], ena
     if node.meta.get("mutates") and not enabled:
         return any(flags[n] for n in node.meta["mutates"])
     if not enabled:
-        return False
+        # Under no_grad a result holds no gradient, unless it is the very tensor that came in.
+        source = _handed_on(root, node, name)
+        return source is not None and flags[source]
     if node.op == "call_module":
         module = root.get_submodule(str(node.target))
         if any(p.requires_grad for p in module._parameters.values() if p is not None):
             return True
     return any(flags[n] for n in _sources(node, name))
+
+
+def _handed_on(root: GraphModule, node: Node, name: str) -> Node | None:
+    """Returns the node whose tensor object this one returns unchanged, if it does."""
+    source = node.args[0] if node.args and isinstance(node.args[0], Node) else None
+    if source is None:
+        return None
+    if node.op == "call_module":
+        module = root.get_submodule(str(node.target))
+        idle = isinstance(module, nn.Dropout) and not (module.training and module.p > 0)
+        return source if isinstance(module, nn.Identity) or idle else None
+    same = source.meta.get("dtype") == node.meta.get("dtype")
+    return source if name in _CASTS and same else None
 
 
 def _sources(node: Node, name: str) -> list[Node]:

@@ -293,7 +293,7 @@ def _all_sites(traced: GraphModule, config: Any) -> list[Site]:
     if not config.target_parameters:
         return found
     known = {s.weight_name for s in found if s.kind == "Parameter"}
-    owners = {s.name for s in found if s.kind != "Parameter"}
+    owners = {s.name: s for s in found if s.kind != "Parameter"}
     for name, p in traced.named_parameters():
         if name in known or matching.parameter_match(config.target_parameters, name) is None:
             continue
@@ -302,17 +302,31 @@ def _all_sites(traced: GraphModule, config: Any) -> list[Site]:
                 f"target_parameters selects {name!r}, which has {p.dim()} dimensions; "
                 "an adapter needs 2 or 3"
             )
-        if name.rpartition(".")[0] in owners:
-            raise UnsupportedError(
-                f"target_parameters selects {name!r}, the weight of a layer; name the layer in "
-                f"target_modules instead: {name.rpartition('.')[0]!r}"
-            )
+        owner = owners.get(name.rpartition(".")[0])
+        _check_owner(name, owner, config)
         shape = tuple(p.shape)
-        found.append(Site(name, "Parameter", "Parameter", shape[1], shape[0], shape, False, ()))
+        calls = owner.calls if owner is not None else ()
+        found.append(Site(name, "Parameter", "Parameter", shape[1], shape[0], shape, False, calls))
     order = {name: i for i, (name, _) in enumerate(traced.named_parameters())}
     modules = [s for s in found if s.kind != "Parameter"]
     bare = [_as_peft_sees(s, traced) for s in found if s.kind == "Parameter"]
     return modules + sorted(bare, key=lambda s: order[s.name])
+
+
+def _check_owner(name: str, owner: Site | None, config: Any) -> None:
+    """Refuses a parameter of a layer that is adapted itself, or that is no plain linear layer."""
+    if owner is None:
+        return
+    if matching.match(config, owner.name).taken:
+        raise ConfigError(
+            f"target_parameters selects {name!r} and target_modules its layer {owner.name!r}; "
+            "name it once"
+        )
+    if owner.type_name != "Linear":
+        raise UnsupportedError(
+            f"target_parameters selects {name!r}, the weight of a {owner.type_name}; name the layer "
+            f"in target_modules instead: {owner.name!r}"
+        )
 
 
 def _as_peft_sees(site: Site, traced: GraphModule) -> Site:
@@ -457,6 +471,7 @@ def _warnings(asked: tuple[str, ...], config: Any, planned: list[PlannedSite]) -
             hit = any(matching.pattern_value({key: 1}, p.name, 0)[0] for p in planned if p.adapted)
             if not hit:
                 yield f"{which} key {key!r} matches no adapted site"
+    yield from _odd_layers(planned)
     uncalled = [p.name for p in planned if p.adapted and not p.site.calls]
     if uncalled:
         yield f"{count(len(uncalled), 'adapted site')} never called on the traced path: " + (
@@ -467,6 +482,32 @@ def _warnings(asked: tuple[str, ...], config: Any, planned: list[PlannedSite]) -
         yield f"{count(len(bypassed), 'adapted site')} read without going through the module: " + (
             ", ".join(bypassed[:3]) + (", ..." if len(bypassed) > 3 else "")
         )
+
+
+def _odd_layers(planned: list[PlannedSite]) -> Iterator[str]:
+    """Finds adapted layers whose forward is not the linear map of their weight.
+
+    A subclass of nn.Linear may return a tuple or another shape; PEFT's wrapper fails there when it
+    runs, and so would ours.
+    """
+    for p in planned:
+        if not p.adapted or p.kind == "Parameter":
+            continue
+        for call in p.site.calls:
+            x = next(iter(call.node.all_input_nodes), None)
+            given = None if x is None else x.meta.get("shape")
+            if call.node.op != "call_module" or given is None:
+                continue
+            expected = (*given[:-1], p.site.out_features)
+            got = call.node.meta.get("shape")
+            if got != expected:
+                what = "a tuple" if got is None else f"shape {got}"
+                yield (
+                    f"{p.name} is a {p.site.type_name} that returns {what} where a linear layer "
+                    f"gives {expected}: the adapted model fails when it runs, in PEFT too. "
+                    f"Leave it out with exclude_modules=[{p.name!r}]"
+                )
+                break
 
 
 def _no_match(config: Any, asked: tuple[str, ...], planned: list[PlannedSite]) -> str:

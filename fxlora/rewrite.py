@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
+from torch.nn import functional as F
 
 from fxlora import adapters
 from fxlora.facts import info
@@ -131,7 +132,7 @@ def _has(root: nn.Module, path: str) -> bool:
 
 def _insert(graph: Graph, root: nn.Module, planned: PlannedSite, new: dict[Node, Node]) -> None:
     if planned.kind == "Parameter":
-        _insert_delta(graph, planned, root)
+        _insert_delta(graph, planned, root, new)
         return
     for call in planned.site.calls:
         # PEFT puts the adapter where the first name of a module stands: an alias keeps the base.
@@ -194,9 +195,37 @@ def _insert_branch(graph: Graph, planned: PlannedSite, base: Node, root: nn.Modu
         user.replace_input_with(base, out)
 
 
-def _insert_delta(graph: Graph, planned: PlannedSite, root: nn.Module) -> None:
+def _open_layer(graph: Graph, call: Node, root: nn.Module) -> None:
+    """Replaces the call of a Linear by F.linear, so that its weight can be another tensor."""
+    path = str(call.target)
+    layer = root.get_submodule(path)
+    x = call.args[0] if call.args else next(iter(call.kwargs.values()))
+    held: list[Node | None] = []
+    for name in ("weight", "bias"):
+        p = getattr(layer, name)
+        if p is None:
+            held.append(None)
+            continue
+        with graph.inserting_before(call):
+            node = graph.get_attr(f"{path}.{name}")
+        node.meta.update({k: v for k, v in call.meta.items() if k not in ("shape", "dtype")})
+        node.meta["shape"], node.meta["dtype"] = tuple(p.shape), p.dtype
+        held.append(node)
+    with graph.inserting_before(call):
+        made = graph.call_function(F.linear, (x, *held))
+    made.meta = dict(call.meta)
+    call.replace_all_uses_with(made)
+    graph.erase_node(call)
+
+
+def _insert_delta(
+    graph: Graph, planned: PlannedSite, root: nn.Module, new: dict[Node, Node]
+) -> None:
     """Replaces a parameter by W + s * B A wherever the module that owns it reads it."""
     owner = planned.name.rpartition(".")[0]
+    for call in planned.site.calls:
+        if call.node.op == "call_module":
+            _open_layer(graph, new[call.node], root)
     for node in [n for n in graph.nodes if n.op == "get_attr" and n.target == planned.name]:
         users = [
             u for u in node.users if any(f.path == owner for f in u.meta.get("module_stack", ()))

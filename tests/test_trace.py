@@ -338,7 +338,9 @@ class TestReplay:
         class Stack(nn.Module):
             def __init__(self) -> None:
                 super().__init__()
-                self.layers = nn.ModuleList(Block(s, i) for i, s in enumerate((1.0, 1.0, 2.0, 1.0, 1.0)))
+                self.layers = nn.ModuleList(
+                    Block(s, i) for i, s in enumerate((1.0, 1.0, 2.0, 1.0, 1.0))
+                )
 
             def forward(self, x: torch.Tensor) -> torch.Tensor:
                 for layer in self.layers:

@@ -255,13 +255,22 @@ def _is_tracing(recorder: Recorder, original: Callable[..., bool]) -> Callable[.
 
 
 def _caller(recorder: Recorder, paths: Paths, replayer: Replay, thread: int) -> Callable[..., Any]:
+    # PEFT adapts a parameter by parametrizing its module for the length of a call. Such a module
+    # is traced through, to see what its weight has become; one that always was parametrized
+    # (weight_norm) stays a leaf.
+    always = {id(m._modules) for m in recorder.model.modules() if "parametrizations" in m._modules}
+
+    def stays_whole(module: nn.Module) -> bool:
+        now = "parametrizations" in module._modules
+        return is_leaf(module) and (not now or id(module._modules) in always)
+
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if recorder.paused or threading.get_ident() != thread:
             return _ORIGINAL_CALL(module, *args, **kwargs)
         path = paths.of(module)
         if path is None:  # made inside forward: its operations belong to whoever made it
             return _ORIGINAL_CALL(module, *args, **kwargs)
-        if is_leaf(module):
+        if stays_whole(module):
             recorder.stack.append(recorder.frame(module, path))
             try:
                 return recorder.leaf(_ORIGINAL_CALL, module, path, args, kwargs)

@@ -61,8 +61,10 @@ def inputs(model: nn.Module) -> dict[str, Any]:
     return made
 
 
-def _text(_config: Any, device: torch.device) -> torch.Tensor:
-    return torch.full((BATCH, LENGTH), 3, dtype=torch.long, device=device)
+def _text(config: Any, device: torch.device) -> torch.Tensor:
+    # MusicGen's decoder reads one row of ids per codebook.
+    rows = BATCH * (getattr(config, "num_codebooks", None) or 1)
+    return torch.full((rows, LENGTH), 3, dtype=torch.long, device=device)
 
 
 def _find(config: Any, *names: str) -> Any:

@@ -1,0 +1,182 @@
+"""The certificate proves equality, fails on one wrong thing, and the report says what differs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from peft import LoraConfig
+from torch import nn
+from torch.fx import GraphModule, Node
+from zoo import ZOO
+
+import fxlora
+from fxlora import peft_side
+from fxlora.canonical import canonical
+from fxlora.compare import certify
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_the_certificate_proves_the_zoo_on_meta(name: str) -> None:
+    entry = ZOO[name]
+    inputs = {
+        k: v.to("meta") if isinstance(v, torch.Tensor) else v
+        for k, v in entry.inputs(2, 16).items()
+    }
+    config = LoraConfig(r=4, target_modules=entry.targets, lora_dropout=0.1)
+    result = fxlora.compare(entry.build().to("meta"), config, (), inputs)
+    assert result.equal, result.differences
+    assert result.certificate.equal
+    assert result.certificate.nodes > 10
+    assert result.outputs == ()
+    assert (result.trainable, result.total) == (result.peft_trainable, result.peft_total)
+
+
+def _role(graph: GraphModule, role: str) -> Node:
+    return next(n for n in graph.graph.nodes if n.meta.get("role") == role)
+
+
+def _scaling(g: GraphModule) -> None:
+    node = _role(g, "scale")
+    node.args = (node.args[0], node.args[1] * 2)
+
+
+def _skip_one_site(g: GraphModule) -> None:
+    node = _role(g, "cast_back")
+    node.replace_all_uses_with(_role(g, "base"))
+
+
+def _transpose(g: GraphModule) -> None:
+    node = _role(g, "lora_A")
+    with g.graph.inserting_before(node):
+        turned = g.graph.call_method("transpose", (node.args[0], 0, 1))
+    turned.meta.update(node.meta)
+    node.args = (turned,)
+
+
+def _wrong_adapter(g: GraphModule) -> None:
+    first, second = [n for n in g.graph.nodes if n.meta.get("role") == "lora_B"][:2]
+    first.target, second.target = second.target, first.target
+
+
+def _unfreeze(g: GraphModule) -> None:
+    next(p for p in g.parameters() if not p.requires_grad).requires_grad_()
+
+
+def _base_into_adapter(g: GraphModule) -> None:
+    _role(g, "dropout").args = (_role(g, "base"),)
+
+
+@pytest.mark.parametrize(
+    "break_it",
+    [_scaling, _skip_one_site, _transpose, _wrong_adapter, _unfreeze, _base_into_adapter],
+)
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_the_certificate_fails_on_one_wrong_thing(
+    name: str, break_it: Callable[[GraphModule], None]
+) -> None:
+    entry = ZOO[name]
+    model, inputs = entry.build(), entry.inputs(2, 16)
+    config = LoraConfig(r=4, target_modules=entry.targets, lora_dropout=0.1)
+    lora = fxlora.rewrite(fxlora.trace(model, (), inputs), config)
+    wrapped = peft_side.wrapped(peft_side.wrap(model, config, 0))
+    theirs = canonical(fxlora.trace(wrapped, (), inputs), peft_side.common_name)
+    assert certify(canonical(lora), theirs).equal
+    break_it(lora)
+    lora.graph.lint()
+    broken = certify(canonical(lora), theirs)
+    assert not broken.equal
+    if break_it is not _unfreeze:
+        assert broken.difference is not None
+
+
+def test_the_order_of_independent_calls_does_not_matter() -> None:
+    def build(swap: bool) -> GraphModule:
+        class Model(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                if swap:
+                    b = self.b(x)
+                    return self.a(x) - b
+                a = self.a(x)
+                return a - self.b(x)
+
+        return fxlora.trace(Model(), (torch.ones(2, 4),))
+
+    assert canonical(build(True)).digest == canonical(build(False)).digest
+
+
+def test_the_order_of_in_place_calls_matters() -> None:
+    def build(swap: bool) -> GraphModule:
+        class Model(nn.Module):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                y = x * 1.0
+                view = y[0]
+                if swap:
+                    z = y + 1
+                    view.add_(1)
+                else:
+                    view.add_(1)
+                    z = y + 1
+                return z
+
+        return fxlora.trace(Model(), (torch.ones(2, 4),))
+
+    assert canonical(build(True)).digest != canonical(build(False)).digest
+
+
+def test_a_difference_is_listed_and_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules["fxlora.compare"]  # the package's attribute is the function
+    original = module.rewrite
+
+    def wrong(traced: GraphModule, plan: fxlora.Plan) -> GraphModule:
+        lora = original(traced, plan)
+        _scaling(lora)
+        lora.recompile()
+        next(p for n, p in lora.named_parameters() if "lora_A" in n).requires_grad_(False)
+        return lora
+
+    monkeypatch.setattr(module, "rewrite", wrong)
+    model = nn.Sequential(nn.Linear(10, 20), nn.ReLU(), nn.Linear(20, 5))
+    result = fxlora.compare(model, LoraConfig(r=4, target_modules=["0", "2"]))
+    assert not result.equal
+    text = "\n".join(result.differences)
+    assert "parameter 0.lora_A.default.weight: requires_grad False, PEFT True" in text
+    assert "the graphs part where ours computes" in text
+    assert "output 0: differs by up to" in text
+    assert "NOT equal" in str(result)
+
+
+def test_the_model_the_config_and_the_random_state_are_left_alone() -> None:
+    import copy
+
+    model = nn.Sequential(nn.Linear(10, 20), nn.ReLU(), nn.Linear(20, 5))
+    config = LoraConfig(r=4, target_modules="all-linear")
+    before = copy.deepcopy(config), {k: v.clone() for k, v in model.state_dict().items()}
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    fxlora.compare(model, config)
+    assert torch.equal(torch.rand(2), expected)
+    assert config == before[0]
+    assert all(torch.equal(v, before[1][k]) for k, v in model.state_dict().items())
+    assert all(p.requires_grad for p in model.parameters())
+    assert list(model.state_dict()) == list(before[1])
+
+
+def test_the_report_shows_names_flags_totals_and_trees() -> None:
+    model = nn.Sequential(nn.Linear(10, 20), nn.ReLU(), nn.Linear(20, 5))
+    result = fxlora.compare(model, LoraConfig(r=4, target_modules=["0", "2"]))
+    text = str(result)
+    assert "trainable params: 220 || all params: 545 || trainable%: 40.3670" in text
+    assert "lora_A" in result.tree_after
+    assert "lora_A" not in result.tree_before
+    row = next(p for p in result.parameters if p.name == "0.weight")
+    assert row.peft_name == "base_model.model.0.base_layer.weight"
+    assert (row.before, row.after, row.peft_after) == (True, False, False)
+    assert result.to_dict()["certificate"]["equal"] is True
