@@ -7,10 +7,31 @@ result = fxlora.compare(model, config, args, kwargs)
 """
 
 from fxlora.compare import Comparison, compare
+from fxlora.errors import (
+    ConfigError,
+    FxloraError,
+    GuardError,
+    NoMatchError,
+    TraceError,
+    UnsupportedError,
+)
 from fxlora.plan import Plan, plan
 from fxlora.rewrite import rewrite
 from fxlora.trace import trace
 
 __version__ = "0.1.0"
 
-__all__ = ["Comparison", "Plan", "compare", "plan", "rewrite", "trace"]
+__all__ = [
+    "Comparison",
+    "ConfigError",
+    "FxloraError",
+    "GuardError",
+    "NoMatchError",
+    "Plan",
+    "TraceError",
+    "UnsupportedError",
+    "compare",
+    "plan",
+    "rewrite",
+    "trace",
+]

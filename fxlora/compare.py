@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 from fxlora import peft_side
 from fxlora.canonical import Canonical, canonical, first_difference
 from fxlora.errors import TraceError
+from fxlora.facts import info
 from fxlora.plan import Plan
 from fxlora.plan import plan as make_plan
 from fxlora.rewrite import rewrite
@@ -86,6 +87,7 @@ class Comparison:
         plan: the plan that was compared.
         tree_before, tree_after: the modules on the way to a site, as PEFT wraps them.
         peft_version: the version compared with.
+        notes: what the trace of the model says of itself (fixed sizes, one mode only).
     """
 
     equal: bool
@@ -102,6 +104,7 @@ class Comparison:
     tree_before: str = field(repr=False, default="")
     tree_after: str = field(repr=False, default="")
     peft_version: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def percent(self) -> float:
@@ -119,7 +122,7 @@ class Comparison:
                 "peft_version",
             )
         }  # fmt: skip
-        out["differences"] = list(self.differences)
+        out["differences"], out["notes"] = list(self.differences), list(self.notes)
         out["certificate"] = asdict(self.certificate)
         for k in ("parameters", "outputs", "gradients"):
             out[k] = [asdict(row) for row in getattr(self, k)]
@@ -204,6 +207,7 @@ def compare(
         tree_before=_tree(model, plan),
         tree_after=_tree(theirs, plan),
         peft_version=peft.__version__,
+        notes=info(traced).notes,
     )
 
 

@@ -26,7 +26,6 @@ HONOURED = {
     "bias": "none, all, or lora_only",
     "lora_bias": "a bias on lora_B, inside the scaling",
     "init_lora_weights": "True, False and gaussian",
-    "modules_to_save": "a trainable copy of each named module",
 }
 # Fields that say nothing about the graph.
 NEUTRAL = frozenset(
@@ -34,6 +33,7 @@ NEUTRAL = frozenset(
     "inference_mode runtime_config megatron_core qalora_group_size".split()
 )
 REFUSED = {
+    "modules_to_save": "a trainable copy of a whole module",
     "use_dora": "DoRA rescales the base output by a learned magnitude",
     "use_qalora": "QA-LoRA pools the input in groups and needs a GPTQ layer",
     "megatron_config": "needs megatron-core",

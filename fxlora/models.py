@@ -104,17 +104,20 @@ def _from_config(config: Any, architectures: Any) -> nn.Module:
     cls = getattr(transformers, chosen, None) if chosen else None
     with torch.device("meta"):
         if cls is not None:
-            return _built(lambda: cls(config), chosen)
+            return _built(lambda: cls(config), chosen, config)
         for name in _AUTO:
             auto = getattr(transformers, name, None)
             if auto is not None and type(config) in auto._model_mapping:
-                return _built(lambda auto=auto: auto.from_config(config), name)
+                return _built(lambda auto=auto: auto.from_config(config), name, config)
     raise ModelSpecError(f"no transformers model takes a {type(config).__name__}")
 
 
-def _built(make: Any, name: str) -> nn.Module:
+def _built(make: Any, name: str, config: Any) -> nn.Module:
     try:
         model = make()
+        dtype = getattr(config, "dtype", None)  # what the weights are stored in, when it says so
+        if isinstance(dtype, torch.dtype):
+            model = model.to(dtype)
     except Exception as e:
         raise ModelSpecError(f"{name} cannot be built from this config: {e}") from e
     model.eval()

@@ -131,6 +131,7 @@ def comparison_text(c: Comparison, limit: int = 24) -> str:
         f"  parameters   {names:,} of {len(c.parameters):,} agree in name, shape and requires_grad",
         f"  certificate  {_certificate_line(c)}",
         *_run_lines(c),
+        *(f"  note         {n}" for n in c.notes),
     ]
     if c.differences:
         lines += ["", f"{count(len(c.differences), 'difference')}:"]

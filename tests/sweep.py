@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import fxlora
-from fxlora.facts import info
+from fxlora.errors import FxloraError, TraceError
 
 # Settings that make default configs small without changing what their layers are.
 _SMALL = {
@@ -95,24 +95,20 @@ def check(name: str, config_class: type, model_class: type, certificate: bool = 
         model = build(config_class, model_class)
     except Exception as e:
         return Row(name, "build", f"{type(e).__name__}: {str(e)[:200]}")
-    lora = LoraConfig(r=4, target_modules="all-linear")
     try:
-        traced = fxlora.trace(model)
-        row.dynamic = info(traced).dynamic
-    except Exception as e:
-        return Row(name, "trace", f"{type(e).__name__}: {str(e)[:400]}")
-    try:
-        plan = fxlora.plan(traced, lora)
-        row.sites = len(plan.adapted)
-        fxlora.rewrite(traced, plan)
-    except Exception as e:
+        result = fxlora.compare(model, LoraConfig(r=4, target_modules="all-linear"), run=False)
+    except TraceError as e:
+        return Row(name, "trace", str(e)[:400])
+    except FxloraError as e:
         return Row(name, "plan", f"{type(e).__name__}: {str(e)[:400]}")
-    try:
-        result = fxlora.compare(model, lora, run=False)
     except Exception as e:
-        return Row(name, "peft", f"{type(e).__name__}: {str(e)[:400]}", row.sites)
+        return Row(name, "peft", f"{type(e).__name__}: {str(e)[:400]}")
+    row.sites = len(result.plan.adapted)
+    row.dynamic = not any("sizes are fixed" in n for n in result.notes)
     if "/peft/tuners/" in result.certificate.problem:
-        return Row(name, "peft", f"fails when it runs: {result.certificate.problem[:300]}", row.sites)
+        return Row(
+            name, "peft", f"fails when it runs: {result.certificate.problem[:300]}", row.sites
+        )
     if not result.equal:
         row.status, row.detail = "differs", "; ".join(result.differences[:3])[:600]
     row.seconds = time.process_time() - start

@@ -1,0 +1,139 @@
+"""The command line: what it prints, its JSON, its exit codes, its errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fxlora.cli import main
+
+SMALL = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 99,
+    "dtype": "bfloat16",
+}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    (tmp_path / "config.json").write_text(json.dumps(SMALL), encoding="utf-8")
+    return str(tmp_path)
+
+
+def test_plan_prints_a_table_and_the_totals(config: str, capsys: Any) -> None:
+    assert main(["plan", config, "-r", "4", "-t", "q_proj,v_proj"]) == 0
+    out = capsys.readouterr().out
+    assert "LlamaForCausalLM: 4 of 16 linear sites adapted at 4 calls" in out
+    assert "trainable params: 1,024 ||" in out
+
+
+def test_plan_json_is_json_and_agrees(config: str, capsys: Any) -> None:
+    assert main(["plan", f"{config}/config.json", "-t", "all-linear", "--json"]) == 0
+    out = json.loads(capsys.readouterr().out)
+    assert out["adapted"] == sum(s["verdict"] == "adapted" for s in out["sites"]) == 14
+    assert all(s["reason"] for s in out["sites"])
+    assert "input_ids.size(1)" in out["trace"]["sizes"].values()
+
+
+def test_explain_says_which_rule_decided(config: str, capsys: Any) -> None:
+    name = "model.layers.1.mlp.gate_proj"
+    assert main(["plan", config, "-t", "q_proj", "--layers", "0", "--explain", name]) == 0
+    assert "no target_modules entry" in capsys.readouterr().out
+    assert main(["plan", config, "-t", "q_proj", "--explain", "model.layers.1.mlp.gate_prj"]) == 2
+    assert "Did you mean 'model.layers.1.mlp.gate_proj'?" in capsys.readouterr().err
+
+
+def test_layers_and_exclusions_reach_the_plan(config: str, capsys: Any) -> None:
+    argv = ["plan", config, "-t", "q_proj,k_proj", "--layers", "0-1", "--exclude-modules", "0.self_attn.k_proj", "--json"]  # fmt: skip
+    assert main(argv) == 0
+    sites = json.loads(capsys.readouterr().out)["sites"]
+    adapted = [s["name"].removeprefix("model.layers.") for s in sites if s["verdict"] == "adapted"]
+    assert adapted == ["0.self_attn.q_proj", "1.self_attn.q_proj", "1.self_attn.k_proj"]
+
+
+def test_compare_is_zero_when_equal_and_one_when_not(
+    capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(__file__).parent)
+    assert main(["compare", "tiny:sequential", "-r", "4", "-t", "0,2"]) == 0
+    assert "are equal" in capsys.readouterr().out
+    from fxlora import adapters
+
+    build = adapters._initialise
+    monkeypatch.setattr(adapters, "_initialise", lambda a, b, how, r: build(a, b, "gaussian", r))
+    assert main(["compare", "tiny:sequential", "-r", "4", "-t", "0,2", "--json"]) == 1
+    assert "drawn differently" in json.loads(capsys.readouterr().out)["differences"][0]
+
+
+@pytest.mark.parametrize("suffix", ["svg", "dot", "html"])
+def test_draw_leaves_the_picture(config: str, tmp_path: Path, suffix: str, capsys: Any) -> None:
+    target = tmp_path / f"lora.{suffix}"
+    assert main(["draw", config, "-t", "all-linear", "-o", str(target)]) == 0
+    assert "q_proj" in target.read_text(encoding="utf-8")
+    assert str(target) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "message"),
+    [
+        (["plan", "lama", "-t", "x"], 2, "Did you mean 'llama'?"),
+        (["plan", "no/such.json", "-t", "x"], 2, "no such file"),
+        (["plan", "tiny:sequentail", "-t", "x"], 2, "Did you mean 'sequential'?"),
+        (["plan", "tiny:not_a_model", "-t", "x"], 2, "gave a int, not a torch.nn.Module"),
+        (["plan", "nowhere_at_all:x", "-t", "x"], 2, "cannot import 'nowhere_at_all'"),
+        (["plan", "tiny:sequential", "-t", "O"], 2, "selected none of the 2 linear sites"),
+        (["plan", "tiny:sequential", "-t", "0", "-r", "0"], 2, "r=0: a rank is at least 1"),
+        (["plan", "tiny:sequential", "-t", "0", "--layers", "a-b"], 2, "write 0,1,8-11"),
+        (["plan", "tiny:sequential", "-t", "(", "--regex"], 2, "not a regular expression"),
+        (["draw", "tiny:sequential", "-t", "0", "-o", "x.gif"], 3, "x.gif"),
+    ],
+)
+def test_an_error_is_one_line_with_the_fix(
+    argv: list[str], code: int, message: str, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(__file__).parent)
+    assert main(argv) == code
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.startswith("fxlora: ")
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_a_saved_adapter_config_can_be_asked_about(
+    config: str, tmp_path: Path, capsys: Any
+) -> None:
+    from peft import LoraConfig
+
+    folder = tmp_path / "adapter"
+    LoraConfig(r=4, target_modules=["q_proj"]).save_pretrained(folder)
+    assert main(["plan", config, "--config", str(folder / "adapter_config.json"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["adapted"] == 2
+
+
+def test_a_folder_without_a_config_is_said_so(tmp_path: Path, capsys: Any) -> None:
+    assert main(["plan", str(tmp_path), "-t", "x"]) == 2
+    assert "without a config.json" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text('{"a": 1}', encoding="utf-8")
+    assert main(["plan", str(tmp_path), "-t", "x"]) == 2
+    assert "no 'model_type'" in capsys.readouterr().err
+
+
+def test_help_teaches_in_every_command() -> None:
+    for argv in ([], ["plan"], ["draw"], ["compare"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "fxlora", *argv, "--help"],
+            capture_output=True, text=True, check=True, env={**os.environ, "COLUMNS": "100"},
+        )  # fmt: skip
+        assert "config.json" in done.stdout
+        assert "--help" in done.stdout

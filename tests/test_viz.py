@@ -1,0 +1,609 @@
+"""The drawing package: what is drawn, that it is true, and that it reads well."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import fxlora_viz
+import pytest
+import torch
+import zoo
+from fxlora_viz import engines, files, metrics, theme
+from peft import LoraConfig
+from torch import nn
+from torch.fx import GraphModule
+
+import fxlora
+
+HERE = Path(__file__).parent
+SVG = "{http://www.w3.org/2000/svg}"
+needs_engine = pytest.mark.skipif(
+    not fxlora_viz.available_engines(), reason="no layout engine: pip install fxlora[draw]"
+)
+_PAIRS: dict[str, tuple[GraphModule, GraphModule]] = {}
+
+
+def pair(name: str) -> tuple[GraphModule, GraphModule]:
+    """Returns a zoo model traced, and rewritten."""
+    if name not in _PAIRS:
+        entry = zoo.ZOO[name]
+        torch.manual_seed(0)
+        model = entry.build().eval()
+        traced = (
+            fxlora.trace(model)
+            if name == "seed"
+            else fxlora.trace(model, (), entry.inputs(*entry.sizes[0]))
+        )
+        config = LoraConfig(r=4, lora_alpha=8, target_modules=entry.targets)
+        _PAIRS[name] = traced, fxlora.rewrite(traced, config)
+    return _PAIRS[name]
+
+
+def llama(layers: int, **config: object) -> tuple[GraphModule, GraphModule]:
+    """Returns a small Llama with many layers, traced and rewritten."""
+    import transformers
+
+    settings = {**zoo._LLAMA, "num_hidden_layers": layers}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings)).eval()
+    ids = torch.zeros(1, 8, dtype=torch.long)
+    traced = fxlora.trace(model, (), {"input_ids": ids, "use_cache": False})
+    made = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], **config}
+    return traced, fxlora.rewrite(traced, LoraConfig(**made))
+
+
+def boxes(drawing: fxlora_viz.Drawing, kind: str) -> list[dict[str, object]]:
+    return [b for b in drawing.graph.graph["boxes"].values() if b["kind"] == kind]
+
+
+def by_class(svg: str, name: str) -> list[ET.Element]:
+    root = ET.fromstring(svg)
+    return [e for e in root.iter() if name in e.get("class", "").split()]
+
+
+# ---- what is drawn ---------------------------------------------------------------------------
+
+
+def test_seed_is_drawn_as_the_golden_text_says() -> None:
+    golden = HERE / "golden" / "seed.dot"
+    text = fxlora_viz.draw(*pair("seed")).dot
+    if os.environ.get("FXLORA_UPDATE_GOLDEN"):
+        golden.write_text(text, encoding="utf-8")
+    assert text == golden.read_text(encoding="utf-8")
+
+
+def test_thirty_two_equal_layers_are_one_cluster_in_both_panels() -> None:
+    drawing = fxlora_viz.draw(*llama(32))
+    folds = boxes(drawing, "fold")
+    assert [(f["label"], f["count"]) for f in folds] == [("layers.0 … 31", 32)] * 2
+    assert boxes(drawing, "block") == []
+    assert drawing.graph.number_of_nodes() <= 120
+
+
+def test_layers_the_rewrite_left_out_are_drawn_apart_in_both_panels() -> None:
+    drawing = fxlora_viz.draw(*llama(6, layers_to_transform=[2, 3]))
+    labels = [(f["panel"], f["label"], f["count"]) for f in boxes(drawing, "fold")]
+    parts = [("layers.0 … 1", 2), ("layers.2 … 3", 2), ("layers.4 … 5", 2)]
+    assert labels == [(p, *part) for p in "ba" for part in parts]
+
+
+def test_a_layer_of_another_rank_is_drawn_apart() -> None:
+    drawing = fxlora_viz.draw(*llama(4, rank_pattern={r"layers\.3\.self_attn\.q_proj": 8}))
+    found = [(f["label"], f["count"]) for f in boxes(drawing, "fold")]
+    assert found == [("layers.0 … 2", 3)] * 2
+    assert [b["label"] for b in boxes(drawing, "block")] == ["layers.3"] * 2
+
+
+def test_a_module_called_four_times_is_folded_as_calls() -> None:
+    drawing = fxlora_viz.draw(pair("albert")[0])
+    (fold,) = boxes(drawing, "fold")
+    assert fold["count"] == 4
+    assert str(fold["note"]).endswith("called 4 times")
+
+
+def test_unfolded_drawing_shows_every_layer() -> None:
+    drawing = fxlora_viz.draw(pair("llama")[0], fold=False)
+    assert [b["label"] for b in boxes(drawing, "block")] == ["layers.0", "layers.1", "layers.2"]
+    assert boxes(drawing, "fold") == []
+
+
+@pytest.mark.parametrize("name", list(zoo.ZOO))
+def test_every_adapted_site_has_w_a_b_and_a_sum(name: str) -> None:
+    traced, lora = pair(name)
+    graph = fxlora_viz.draw(traced, lora, fold=False).graph
+    drawn: dict[str, list[str]] = {}
+    for _, data in graph.nodes(data=True):
+        if data["site"]:
+            drawn.setdefault(data["site"], []).append(data["role"])
+    adapted = {s.name for s in fxlora.plan(traced, zoo_config(name)) if s.verdict == "adapted"}
+    assert set(drawn) == adapted
+    for roles in drawn.values():
+        assert sorted(set(roles)) == ["base", "lora_A", "lora_B", "sum"]
+
+
+def zoo_config(name: str) -> LoraConfig:
+    return LoraConfig(r=4, lora_alpha=8, target_modules=zoo.ZOO[name].targets)
+
+
+@pytest.mark.parametrize("name", ["seed", "llama", "gpt2"])
+def test_the_matched_modules_of_the_before_panel_are_the_sites_of_the_after_panel(
+    name: str,
+) -> None:
+    graph = fxlora_viz.draw(*pair(name), fold=False).graph
+    matched = {d["path"] for _, d in graph.nodes(data=True) if d["matched"]}
+    sites = {d["site"] for _, d in graph.nodes(data=True) if d["site"]}
+    assert matched == sites
+
+
+def test_a_narrows_and_b_widens() -> None:
+    graph = fxlora_viz.draw(*pair("llama")).graph
+    shapes = {(d["role"], d["shape_name"]) for _, d in graph.nodes(data=True) if d["role"]}
+    assert shapes == {
+        ("base", "box"), ("lora_A", "invtrapezium"), ("lora_B", "trapezium"), ("sum", "circle"),
+    }  # fmt: skip
+
+
+def test_the_branch_says_its_scaling() -> None:
+    graph = fxlora_viz.draw(*pair("seed")).graph
+    labels = [
+        (graph.nodes[u]["role"], graph.nodes[v]["role"], d["label"])
+        for u, v, d in graph.edges(data=True)
+        if d["label"]
+    ]
+    assert labels == [("lora_B", "sum", "×2")] * 2
+
+
+@pytest.mark.parametrize("name", list(zoo.ZOO))
+def test_state_of_every_drawn_module_is_its_parameters_requires_grad(name: str) -> None:
+    for graph_module in pair(name):
+        flags = {
+            n: p.requires_grad for n, p in graph_module.named_parameters(remove_duplicate=False)
+        }
+        graph = fxlora_viz.draw(graph_module, fold=False).graph
+        for node, data in graph.nodes(data=True):
+            if data["role"] in ("lora_A", "lora_B"):
+                assert data["state"] == "trainable", node
+            elif data["role"] == "base":
+                own = {flags[f"{data['site']}.{w}"] for w in ("weight", "bias")
+                       if f"{data['site']}.{w}" in flags}  # fmt: skip
+                assert data["state"] == ("trainable" if own == {True} else "frozen"), node
+
+
+def test_before_is_drawn_as_trainable_as_it_is() -> None:
+    traced, _ = pair("llama")
+    graph = fxlora_viz.draw(traced).graph
+    assert {d["state"] for _, d in graph.nodes(data=True)} == {"", "trainable"}
+
+
+def test_gradient_flags_of_the_drawing_are_those_of_the_analysis() -> None:
+    gradients = pytest.importorskip("fxlora.gradients")
+    _, lora = pair("llama")
+    flags = {n.name: f for n, f in gradients.requires_grad(lora).items()}
+    graph = fxlora_viz.draw(lora, fold=False).graph
+    checked = 0
+    for node, data in graph.nodes(data=True):
+        if data["kind"] == "module" and data["role"]:
+            (name,) = re.findall(r"fx: (\S+)$", data["tooltip"])
+            assert data["requires_grad"] == flags[name], node
+            checked += 1
+    assert checked == 63
+
+
+@pytest.mark.parametrize("name", list(zoo.ZOO))
+def test_the_drawing_has_no_cycle_and_no_loose_operation(name: str) -> None:
+    import networkx as nx
+
+    graph = fxlora_viz.draw(*pair(name)).graph
+    assert nx.is_directed_acyclic_graph(graph)
+    for node, data in graph.nodes(data=True):
+        if data["kind"] in ("op", "circle", "output"):
+            assert graph.in_degree(node), node
+        if data["kind"] not in ("output",):
+            assert graph.out_degree(node), node
+
+
+def test_masks_and_tables_are_tags_not_edges() -> None:
+    graph = fxlora_viz.draw(pair("bert")[0]).graph
+    titles = [d["title"] for _, d in graph.nodes(data=True)]
+    assert "attention_mask" not in titles
+    assert any("with attention_mask" in d["lines"] for _, d in graph.nodes(data=True))
+
+
+def test_residual_edges_are_dashed() -> None:
+    graph = fxlora_viz.draw(pair("llama")[0]).graph
+    skips = [
+        (graph.nodes[u]["title"], graph.nodes[v]["title"])
+        for u, v, d in graph.edges(data=True)
+        if d["dashed"]
+    ]
+    assert skips == [("hidden_states", "+"), ("+", "+")]
+
+
+def test_focus_draws_one_module_and_what_it_touches() -> None:
+    graph = fxlora_viz.draw(pair("llama")[0], focus="model.layers.1.mlp").graph
+    inside = [d["title"] for _, d in graph.nodes(data=True) if d["kind"] in ("module", "circle")]
+    assert inside == ["gate_proj", "act_fn", "up_proj", "×", "down_proj"]
+
+
+def test_depth_draws_modules_closed() -> None:
+    def titles(depth: int) -> list[str]:
+        graph = fxlora_viz.draw(pair("llama")[0], depth=depth, fold=False).graph
+        return [d["title"] for _, d in graph.nodes(data=True)]
+
+    layers = ["layers.0", "layers.1", "layers.2"]
+    assert titles(1) == ["input_ids", "embed_tokens", *layers, "norm", "lm_head", "logits"]
+    assert titles(2).count("self_attn") == 3
+    assert "q_proj" not in titles(2)
+    assert titles(3).count("q_proj") == 3
+
+
+def test_tied_weights_count_once_in_the_heading() -> None:
+    traced, _ = pair("gpt2")
+    once = sum(p.numel() for p in {id(p): p for p in traced.parameters()}.values())
+    assert f"{once / 1000:.1f} K params" in repr(fxlora_viz.draw(traced))
+
+
+def test_headings_say_model_rank_calls_and_share() -> None:
+    before, after = boxes(fxlora_viz.draw(*pair("seed")), "panel")
+    assert before["note"] == "Sequential · 325 params, all trainable"
+    assert after["note"] == "r = 4 · alpha = 8 · 2 call sites rewritten · 220 trainable (40.37 %)"
+
+
+def test_drawing_changes_neither_graph() -> None:
+    traced, lora = pair("llama")
+    texts = [str(g.graph) for g in (traced, lora)]
+    meta = [[dict(n.meta) for n in g.graph.nodes] for g in (traced, lora)]
+    assert fxlora_viz.draw(traced, lora).dot
+    assert texts == [str(g.graph) for g in (traced, lora)]
+    assert meta == [[dict(n.meta) for n in g.graph.nodes] for g in (traced, lora)]
+
+
+# ---- same input, same bytes ------------------------------------------------------------------
+
+_SCRIPT = """
+import sys; sys.path.insert(0, {tests!r})
+import hashlib, test_viz, fxlora_viz
+d = fxlora_viz.draw(*test_viz.pair("llama"))
+text = d.dot + (d.svg if fxlora_viz.available_engines() else "")
+print("digest", hashlib.sha256(text.encode()).hexdigest())
+"""
+
+
+def test_bytes_do_not_depend_on_the_process_or_the_hash_seed() -> None:
+    digests = set()
+    for seed in ("0", "1", "4242"):
+        env = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)}
+        done = subprocess.run(
+            [sys.executable, "-c", _SCRIPT.format(tests=str(HERE))],
+            capture_output=True, text=True, env=env, check=True,
+        )  # fmt: skip
+        digests.update(line for line in done.stdout.splitlines() if line.startswith("digest"))
+    assert len(digests) == 1
+
+
+# ---- hostile names ---------------------------------------------------------------------------
+
+HOSTILE = [
+    '"quoted"', "<script>alert(1)</script>", "a&b&amp;c", "line\nbreak\r\x00\x1b[31m", "back\\slash",
+    "\u202egnp.exe", "שלום", "名前", "x" * 10_000, "]]>", "-->", "{curly|brace}", "😀",
+    "\ud800", "subgraph", "\\N", "a b", "a_b", "a-b", "'", "%(s)s",
+]  # fmt: skip
+
+
+def hostile() -> GraphModule:
+    model = nn.Sequential()
+    for name in HOSTILE:
+        model.add_module(name.replace(".", "_"), nn.Linear(4, 4))
+    # fx would rewrite such names in its generated code, and refuse some: give them to the picture
+    # by way of the meta it reads.
+    plain = fxlora.trace(nn.Sequential(*(nn.Linear(4, 4) for _ in HOSTILE)))
+    from fxlora.facts import Frame, Source
+
+    calls = [n for n in plain.graph.nodes if n.op == "call_module"]
+    for node, name in zip(calls, HOSTILE, strict=True):
+        node.meta["module_stack"] = (Frame("", "Sequential", 0), Frame(f"m.{name}", name, 0))
+        node.meta["source"] = Source(f"{name}.py", 1, name)
+        node.meta["shape"], node.meta["dtype"] = (name, 4), torch.float32
+    return plain
+
+
+def test_hostile_names_leave_the_dot_text_well_formed() -> None:
+    text = fxlora_viz.draw(hostile()).dot
+    assert "\x00" not in text
+    assert "\u202e" not in text
+    assert "<script>" not in text
+    outside = re.sub(r'"(?:[^"\\]|\\.)*"', "", text)
+    assert '"' not in outside
+    assert text.encode("utf-8")
+    if "dot" in fxlora_viz.available_engines():
+        subprocess.run(["dot", "-Tsvg"], input=text.encode(), capture_output=True, check=True)
+
+
+@needs_engine
+def test_hostile_names_leave_the_svg_well_formed_and_inert() -> None:
+    drawing = fxlora_viz.draw(hostile())
+    root = ET.fromstring(drawing.svg)
+    assert not list(root.iter(f"{SVG}script"))
+    nodes = [e for e in root.iter(f"{SVG}g") if "fx" in e.get("class", "").split()]
+    assert len(nodes) == drawing.graph.number_of_nodes()
+    ids = [e.get("id") for e in root.iter() if e.get("id")]
+    assert len(ids) == len(set(ids))
+    assert all(re.fullmatch(r"[A-Za-z0-9_]+", str(i)) for i in ids)
+    assert len(drawing.svg) < 200_000
+
+
+@needs_engine
+def test_a_closing_tag_in_a_name_cannot_leave_the_html_page(tmp_path: Path) -> None:
+    page = fxlora_viz.draw(hostile()).save(tmp_path / "x.html").read_text(encoding="utf-8")
+    assert "<script" not in page.lower()
+    assert "http" not in page.replace("http://www.w3.org/2000/svg", "")
+
+
+# ---- layout ----------------------------------------------------------------------------------
+
+
+def rectangles(drawing: fxlora_viz.Drawing) -> dict[str, tuple[float, float, float, float]]:
+    found = {}
+    for node, (x, y) in drawing.layout.nodes.items():
+        w, h = drawing.graph.nodes[node]["width"], drawing.graph.nodes[node]["height"]
+        found[node] = (x - w / 2, y - h / 2, x + w / 2, y + h / 2)
+    return found
+
+
+def overlap(
+    a: tuple[float, float, float, float], b: tuple[float, float, float, float], slack: float = 0.5
+) -> bool:
+    return (
+        a[0] < b[2] - slack and b[0] < a[2] - slack and a[1] < b[3] - slack and b[1] < a[3] - slack
+    )
+
+
+@needs_engine
+@pytest.mark.parametrize("direction", ["TB", "LR"])
+@pytest.mark.parametrize("name", ["seed", "llama", "gpt2", "bert", "vit", "albert", "whisper"])
+def test_no_two_nodes_overlap_and_every_node_lies_in_its_box(name: str, direction: str) -> None:
+    drawing = fxlora_viz.draw(*pair(name), direction=direction)
+    places = rectangles(drawing)
+    assert len(places) == drawing.graph.number_of_nodes()
+    for (a, ra), (b, rb) in itertools.combinations(places.items(), 2):
+        assert not overlap(ra, rb), (a, b)
+    every = drawing.graph.graph["boxes"]
+    for node, r in places.items():
+        x0, y0, x1, y1 = drawing.layout.boxes[drawing.graph.nodes[node]["box"]]
+        assert x0 <= r[0] + 0.5 and y0 <= r[1] + 0.5, node  # noqa: PT018 - one corner
+        assert x1 >= r[2] - 0.5 and y1 >= r[3] - 0.5, node  # noqa: PT018 - the other
+    for box, data in every.items():
+        if data["parent"]:
+            x0, y0, x1, y1 = drawing.layout.boxes[box]
+            p = drawing.layout.boxes[data["parent"]]
+            assert p[0] <= x0 and p[1] <= y0 and p[2] >= x1 and p[3] >= y1, box  # noqa: PT018
+
+
+@needs_engine
+@pytest.mark.parametrize("name", ["llama", "bert", "t5"])
+def test_no_node_covers_the_name_of_a_box(name: str) -> None:
+    drawing = fxlora_viz.draw(*pair(name))
+    places = rectangles(drawing)
+    for box, data in drawing.graph.graph["boxes"].items():
+        x0, y0, _, _ = drawing.layout.boxes[box]
+        size = theme.LABELS[data["kind"]]
+        left, base = x0 + theme.INSETS[data["kind"]], y0 + theme.TOPS[data["kind"]]
+        label = (left, base - size, left + metrics.width(data["label"], size, True), base)
+        for node, r in places.items():
+            assert not overlap(label, r), (box, node)
+
+
+@pytest.mark.parametrize("name", list(zoo.ZOO))
+def test_no_text_is_wider_than_its_box(name: str) -> None:
+    for node, data in fxlora_viz.draw(*pair(name)).graph.nodes(data=True):
+        if data["shape_name"] == "circle":
+            continue
+        room = data["width"] * (1 if data["shape_name"] == "box" else 1 - theme.SLANT)
+        texts = [
+            (data["title"], theme.TITLE, True),
+            *((t, theme.TEXT, False) for t in data["lines"]),
+        ]
+        for text, size, bold in texts:
+            assert metrics.width(text, size, bold) <= room, (node, text)
+
+
+@needs_engine
+@pytest.mark.parametrize("name", ["seed", "llama"])
+def test_no_label_leaves_its_box_and_nothing_leaves_the_sheet(name: str) -> None:
+    drawing = fxlora_viz.draw(*pair(name))
+    for box, data in drawing.graph.graph["boxes"].items():
+        x0, _, x1, _ = drawing.layout.boxes[box]
+        kind = data["kind"]
+        wide = metrics.width(data["label"], theme.LABELS[kind], True)
+        if data["note"]:
+            note = metrics.width(data["note"], theme.NOTES[kind], kind == "panel")
+            wide = max(wide, note)
+        assert x0 + theme.INSETS[kind] + wide <= x1 + 0.5, (box, data["label"])
+    root = ET.fromstring(drawing.svg)
+    left, top, width, height = (float(v) for v in root.get("viewBox", "").split())
+    assert (left, top) == (0, 0)
+    for x0, y0, x1, y1 in drawing.layout.boxes.values():
+        assert x0 >= 0 and x1 + 32 <= width  # noqa: PT018 - the cards of a fold stand out
+        assert y0 >= 0 and y1 + 32 <= height  # noqa: PT018
+
+
+@pytest.mark.skipif(len(fxlora_viz.available_engines()) < 2, reason="needs both engines")
+def test_both_engines_give_nearly_the_same_sheet() -> None:
+    sizes = []
+    for engine in fxlora_viz.available_engines():
+        layout = fxlora_viz.draw(*pair("llama"), engine=engine).layout
+        sizes.append((layout.width, layout.height))
+    (w0, h0), (w1, h1) = sizes
+    assert abs(w0 - w1) <= 0.03 * w0
+    assert abs(h0 - h1) <= 0.03 * h0
+
+
+@needs_engine
+def test_matching_nodes_share_a_row() -> None:
+    drawing = fxlora_viz.draw(*pair("llama"))
+    rows: dict[str, list[float]] = {}
+    for node, (_, y) in drawing.layout.nodes.items():
+        rows.setdefault(drawing.graph.nodes[node]["key"], []).append(y)
+    both = [ys for ys in rows.values() if len(ys) == 2]
+    assert len(both) > 15
+    assert all(abs(a - b) < 12 for a, b in both)
+
+
+# ---- the SVG ---------------------------------------------------------------------------------
+
+
+@needs_engine
+@pytest.mark.parametrize("name", list(zoo.ZOO))
+def test_svg_is_well_formed_named_and_complete(name: str) -> None:
+    drawing = fxlora_viz.draw(*pair(name))
+    root = ET.fromstring(drawing.svg)
+    assert root.get("role") == "img"
+    assert root.find(f"{SVG}title").text  # type: ignore[union-attr]
+    assert root.find(f"{SVG}desc").text  # type: ignore[union-attr]
+    assert len(by_class(drawing.svg, "fx")) == drawing.graph.number_of_nodes()
+    assert len(by_class(drawing.svg, "fx_edge")) >= drawing.graph.number_of_edges()
+    for element in by_class(drawing.svg, "fx"):
+        assert element.find(f"{SVG}title").text  # type: ignore[union-attr]
+
+
+@needs_engine
+def test_every_parameter_node_of_the_svg_says_whether_it_trains() -> None:
+    svg = fxlora_viz.draw(*pair("llama")).svg
+    for element in by_class(svg, "fx"):
+        text = element.find(f"{SVG}title").text or ""  # type: ignore[union-attr]
+        if element.get("data-params"):
+            assert element.get("data-state") in ("trainable", "frozen")
+            assert "requires_grad=" in text
+        assert element.get("data-grad") in ("true", "false")
+
+
+@needs_engine
+def test_dark_mode_follows_the_reader_unless_told_otherwise() -> None:
+    traced, _ = pair("seed")
+    assert "prefers-color-scheme:dark" in fxlora_viz.draw(traced).svg
+    for mode in ("light", "dark"):
+        assert "prefers-color-scheme" not in fxlora_viz.draw(traced, theme=mode).svg
+
+
+@needs_engine
+def test_a_large_model_is_a_small_file() -> None:
+    svg = fxlora_viz.draw(*llama(32, target_modules="all-linear", task_type="CAUSAL_LM")).svg
+    assert len(svg.encode()) < 150_000
+
+
+# ---- engines and files -----------------------------------------------------------------------
+
+
+def test_dot_text_needs_no_engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("fxlora_viz.engines.available_engines", lambda: ())
+    path = fxlora_viz.draw(*pair("seed")).save(tmp_path / "x.dot")
+    assert path.read_text(encoding="utf-8").startswith("digraph fxlora {")
+
+
+def test_without_an_engine_the_error_names_the_fix(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("fxlora_viz.engines.available_engines", lambda: ())
+    with pytest.raises(fxlora_viz.EngineError) as error:
+        fxlora_viz.draw(*pair("seed")).save(tmp_path / "x.svg")
+    assert str(error.value) == (
+        "no layout engine was found: install one with `pip install fxlora[draw]`, or Graphviz "
+        "itself so that `dot` is on the PATH; saving as .dot always works"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_engine
+def test_an_engine_that_takes_too_long_is_stopped() -> None:
+    with pytest.raises(fxlora_viz.EngineError, match=r"was stopped after 0\.001 s"):
+        engines.run_engine("digraph { a -> b }", "json0", timeout=0.001)
+
+
+@needs_engine
+def test_an_engine_that_fails_says_why() -> None:
+    with pytest.raises(fxlora_viz.EngineError, match="no engine could lay out"):
+        engines.run_engine("digraph {", "json0")
+
+
+@needs_engine
+@pytest.mark.parametrize(("suffix", "magic"), [(".svg", b"<svg"), (".html", b"<!DOCTYPE html>")])
+def test_save_writes_the_format_of_the_suffix(suffix: str, magic: bytes, tmp_path: Path) -> None:
+    path = fxlora_viz.draw(pair("seed")[0]).save(tmp_path / f"x{suffix}")
+    assert path.read_bytes().startswith(magic)
+    assert [p.name for p in tmp_path.iterdir()] == [f"x{suffix}"]
+
+
+@needs_engine
+@pytest.mark.parametrize(("suffix", "magic"), [(".png", b"\x89PNG"), (".pdf", b"%PDF")])
+def test_pictures_on_paper_are_written_where_a_converter_is(
+    suffix: str, magic: bytes, tmp_path: Path
+) -> None:
+    try:
+        path = fxlora_viz.draw(pair("seed")[0]).save(tmp_path / f"x{suffix}")
+    except fxlora_viz.EngineError as error:
+        assert "pip install cairosvg" in str(error)  # noqa: PT017 - either outcome is right
+        return
+    assert path.read_bytes().startswith(magic)
+
+
+def test_an_unknown_suffix_names_the_candidates(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"its suffix '.jpg' is none of \.svg, \.dot, \.png"):
+        fxlora_viz.draw(pair("seed")[0]).save(tmp_path / "x.jpg")
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    old = tmp_path / "x.dot"
+    old.write_text("old")
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        files.write_whole(old, b"new")
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("x.dot", "old")]
+
+
+def test_too_many_nodes_are_refused_with_what_to_do() -> None:
+    with pytest.raises(fxlora_viz.TooLargeError) as error:
+        fxlora_viz.draw(pair("llama")[0], fold=False, max_nodes=20)
+    assert str(error.value) == (
+        "this drawing would have 53 nodes, more than max_nodes=20: leave fold=True, which draws "
+        "equal blocks once, or open fewer levels with depth=2, or draw a part with "
+        "focus='path.of.a.module'"
+    )
+
+
+def test_an_unknown_option_names_the_options() -> None:
+    with pytest.raises(TypeError, match="draw has no option 'colour'; it takes depth, fold, focus"):
+        fxlora_viz.draw(pair("seed")[0], colour="red")
+
+
+def test_an_unknown_focus_names_the_nearest() -> None:
+    with pytest.raises(ValueError, match=r"did you mean .*'model\.layers\.1\.mlp'"):
+        fxlora_viz.draw(pair("llama")[0], focus="model.layers.1.mpl")
+
+
+def test_a_model_that_was_not_traced_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"not a Linear: trace it first with fxlora\.trace"):
+        fxlora_viz.draw(nn.Linear(2, 2))  # type: ignore[arg-type]
+
+
+@needs_engine
+def test_a_notebook_shows_the_svg() -> None:
+    drawing = fxlora_viz.draw(pair("seed")[0])
+    assert drawing._repr_svg_() == drawing.svg
+    assert drawing._repr_mimebundle_()["image/svg+xml"] == drawing.svg
+
+
+def test_the_core_never_imports_drawing() -> None:
+    code = "import sys, fxlora; assert not [m for m in sys.modules if m.startswith('fxlora_viz')]"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=env)

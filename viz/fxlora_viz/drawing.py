@@ -1,0 +1,200 @@
+"""A drawing: the graphs it shows, and its forms as networkx graph, DOT, SVG and files."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from xml.sax.saxutils import escape
+
+import networkx as nx
+from torch.fx import GraphModule
+
+from fxlora_viz import files
+from fxlora_viz.condense import condense
+from fxlora_viz.dot import dot_text
+from fxlora_viz.engines import run_engine
+from fxlora_viz.focus import focus_on
+from fxlora_viz.fold import fold
+from fxlora_viz.layout import Layout, read_layout
+from fxlora_viz.svg import svg_text
+from fxlora_viz.view import view
+
+
+class TooLargeError(ValueError):
+    """A drawing with more nodes than anybody reads or any engine lays out in reasonable time."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to draw.
+
+    Attributes:
+        depth: how many levels of modules to open; None opens all.
+        fold: draw a run of equal blocks once.
+        focus: path of a module; only that module and what it reads and feeds is drawn.
+        direction: "TB" (downwards) or "LR" (to the right).
+        theme: "auto" (the reader's scheme), "light" or "dark".
+        engine: "auto", "dot" or "wasi".
+        timeout: seconds an engine may take.
+        max_nodes: the cap on drawn nodes.
+    """
+
+    depth: int | None = None
+    fold: bool = True
+    focus: str = ""
+    direction: str = "TB"
+    theme: str = "auto"
+    engine: str = "auto"
+    timeout: float = 60.0
+    max_nodes: int = 1500
+
+    def __post_init__(self) -> None:
+        """Refuses a value that no option takes."""
+        for name, allowed in (
+            ("direction", ("TB", "LR")),
+            ("theme", ("auto", "light", "dark")),
+            ("engine", ("auto", "dot", "wasi")),
+        ):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"{name}={value!r} is none of {', '.join(map(repr, allowed))}")
+        if self.depth is not None and self.depth < 1:
+            raise ValueError(f"depth={self.depth}: at least one level is drawn; None opens all")
+
+
+class Drawing:
+    """One sheet: a graph, or a graph before and after a rewrite.
+
+    Shows itself in a notebook; `save` writes it to a file.
+
+    Attributes:
+        graph: the networkx graph of what is drawn, with every size, class and label.
+        options: how it is drawn.
+    """
+
+    def __init__(self, graph: nx.MultiDiGraph, options: Options) -> None:
+        """Keeps a view and how to draw it."""
+        self.graph = graph
+        self.options = options
+
+    @property
+    def dot(self) -> str:
+        """The DOT text; needs no engine."""
+        return dot_text(self.graph, self.options.direction)
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Where everything goes, as an engine decided."""
+        bare = dot_text(self.graph, self.options.direction, bare=True)
+        text = run_engine(bare, "json0", self.options.engine, self.options.timeout)
+        return read_layout(text, mirrored=self.options.direction == "LR")
+
+    @cached_property
+    def svg(self) -> str:
+        """The SVG text."""
+        return svg_text(self.graph, self.layout, self.options.theme)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Writes the drawing to a file, whole or not at all.
+
+        Args:
+            path: ends in .svg, .dot, .png, .pdf or .html.
+
+        Returns:
+            The path.
+
+        Raises:
+            ValueError: for another suffix.
+            EngineError: when no layout engine is installed; .dot needs none.
+        """
+        suffix = files.suffix_of(path)
+        return files.write_whole(path, self._content(suffix))
+
+    def _content(self, suffix: str) -> bytes:
+        if suffix == ".dot":
+            return self.dot.encode("utf-8")
+        if suffix == ".svg":
+            return self.svg.encode("utf-8")
+        if suffix == ".html":
+            return files.html_page(self.svg, escape(self._title())).encode("utf-8")
+        # A picture on paper has no reader's scheme to follow.
+        mode = "dark" if self.options.theme == "dark" else "light"
+        return files.convert(svg_text(self.graph, self.layout, mode), suffix)
+
+    def _title(self) -> str:
+        panels = [d for d in self.graph.graph["boxes"].values() if d["kind"] == "panel"]
+        return " / ".join(f"{d['label']}: {d['note']}" for d in panels)
+
+    def _repr_svg_(self) -> str:
+        return self.svg
+
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
+        return {"image/svg+xml": self.svg, "text/plain": repr(self)}
+
+    def __repr__(self) -> str:
+        """Says what is drawn; lays nothing out."""
+        return f"<Drawing of {self.graph.number_of_nodes()} nodes: {self._title()}>"
+
+
+def draw(
+    before: GraphModule,
+    after: GraphModule | None = None,
+    options: Options | None = None,
+    **changes: Any,
+) -> Drawing:
+    """Draws a traced graph, or a traced graph beside its rewrite.
+
+    Args:
+        before: what `fxlora.trace` returned (or, alone, what `fxlora.rewrite` returned).
+        after: what `fxlora.rewrite` made of it.
+        options: how to draw.
+        **changes: single options by name, such as `depth=2` or `fold=False`.
+
+    Returns:
+        The drawing; nothing is laid out until it is shown or saved.
+
+    Raises:
+        TypeError: for a graph that is none, or an option that does not exist.
+        TooLargeError: for a drawing nobody could read; says what to do.
+
+    >>> import torch, fxlora, fxlora_viz
+    >>> traced = fxlora.trace(torch.nn.Sequential(torch.nn.Linear(10, 20), torch.nn.ReLU()))
+    >>> fxlora_viz.draw(traced)
+    <Drawing of 4 nodes: Sequential: 220 params, all trainable>
+    """
+    chosen = _options(options, changes)
+    graphs = [before] if after is None else [before, after]
+    for graph in graphs:
+        if not isinstance(graph, GraphModule):
+            raise TypeError(
+                f"draw takes the graphs of fxlora.trace and fxlora.rewrite, not a "
+                f"{type(graph).__name__}: trace it first with fxlora.trace(model, args, kwargs)"
+            )
+    panels = [condense(g, chosen.depth) for g in graphs]
+    if chosen.focus:
+        panels = [focus_on(p, chosen.focus) for p in panels]
+    panels = fold(panels, chosen.fold)
+    count = sum(len(p.items) for p in panels)
+    if count > chosen.max_nodes:
+        raise TooLargeError(_too_large(count, chosen))
+    return Drawing(view(panels), chosen)
+
+
+def _options(options: Options | None, changes: dict[str, Any]) -> Options:
+    names = [f.name for f in fields(Options)]
+    for name in changes:
+        if name not in names:
+            raise TypeError(f"draw has no option {name!r}; it takes {', '.join(names)}")
+    return replace(options or Options(), **changes)
+
+
+def _too_large(count: int, options: Options) -> str:
+    ways = [] if options.fold else ["leave fold=True, which draws equal blocks once"]
+    ways += ["open fewer levels with depth=2", "draw a part with focus='path.of.a.module'"]
+    return (
+        f"this drawing would have {count} nodes, more than max_nodes={options.max_nodes}: "
+        f"{', or '.join(ways)}"
+    )

@@ -1,0 +1,55 @@
+"""The style sheet of an SVG, light, dark, or following the reader's scheme."""
+
+from __future__ import annotations
+
+import re
+
+from fxlora_viz import theme
+
+
+def style_sheet(mode: str = "auto") -> str:
+    """Returns the CSS of a drawing.
+
+    Args:
+        mode: "auto", "light" or "dark".
+    """
+    light = _rules()
+    dark = re.sub(r"#[0-9A-F]{6}", lambda m: theme.DARK[m.group()], light)
+    if mode == "dark":
+        return dark
+    return light if mode == "light" else f"{light}@media (prefers-color-scheme:dark){{{dark}}}"
+
+
+def _rules() -> str:
+    rules = [
+        _rule("text", fill=theme.INK),
+        _rule(".t", font_weight="bold"),
+        _rule(".m", text_anchor="middle"),
+        _rule(".d", fill=theme.DIM),
+        _rule(".g", fill=theme.DIM, font_style="italic"),
+        _rule(".n", fill=theme.ACCENT, font_weight="bold"),
+        _rule(".h", fill=theme.HOT, font_weight="bold"),
+        _rule(".fx_label_module .t", fill=theme.DIM),
+        _rule(".fx_label_site .t", fill=theme.HOT),
+        _rule(".fx_edge path", fill="none"),
+        _rule(".fx_skip path", stroke_dasharray="4 3"),
+    ]
+    for name, (fill, _, _) in theme.BOXES.items():
+        rules.append(_rule(f".fx_label_{name} rect", fill=fill))
+    for name, (fill, line, wide) in {**theme.NODES, **theme.BOXES}.items():
+        rules.append(_rule(f".fx_{name} .s", fill=fill, stroke=line, stroke_width=f"{wide:g}"))
+    for name, (color, wide) in theme.EDGES.items():
+        rules.append(_rule(f".fx_{name} path", stroke=color, stroke_width=f"{wide:g}"))
+        rules.append(_rule(f".fx_{name} polygon", fill=color))
+    rules += [
+        _rule(".fx_trainable .d", fill=theme.HOT),
+        _rule(".fx_fold .c", stroke=theme.CARD, stroke_width="1"),
+        _rule(".fx_site .s", stroke_dasharray="4 3"),
+        _rule(".fx_matched .s", stroke=theme.HOT, stroke_width="1.8", stroke_dasharray="5 3"),
+    ]
+    return "".join(rules)
+
+
+def _rule(selector: str, **values: str) -> str:
+    body = ";".join(f"{k.replace('_', '-')}:{v}" for k, v in values.items())
+    return f".fxlora {selector}{{{body}}}"
