@@ -107,6 +107,7 @@ def record(
     shape_env = _ShapeEnv(duck_shape=False, specialize_zero_one=False) if dynamic else None
     recorder.shape_env = shape_env
     fake_mode = FakeTensorMode(shape_env=shape_env, allow_non_fake_inputs=True)
+    fake_mode.cache_enabled = False  # its keys cost more than the few hits they give here
     placeholders = arguments.Placeholders(graph)
     bound = arguments.bind(model, args, kwargs)
     fake = _faker(fake_mode, shape_env, stretch=dynamic and _batch_of_one(args, kwargs))
