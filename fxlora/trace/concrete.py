@@ -166,8 +166,14 @@ def _faker(
         if shape_env is None:
             made = fake_mode.from_tensor(plain, static_shapes=True, source=source)
         else:
+            # The height and width of images stay fixed: windowed vision models turn them into
+            # expressions no solver likes, and most of the others insist on one size anyway.
+            image = plain.dim() >= 4 and plain.is_floating_point()
             context: Any = StatelessSymbolicContext(
-                dynamic_sizes=[DimDynamic.DYNAMIC] * plain.dim(),
+                dynamic_sizes=[
+                    DimDynamic.STATIC if image and d > 0 else DimDynamic.DYNAMIC
+                    for d in range(plain.dim())
+                ],
                 constraint_sizes=[None] * plain.dim(),
             )
             made = fake_mode.from_tensor(plain, symbolic_context=context, source=source)
@@ -263,7 +269,8 @@ def _caller(recorder: Recorder, paths: Paths, replayer: Replay, thread: int) -> 
 
     def stays_whole(module: nn.Module) -> bool:
         now = "parametrizations" in module._modules
-        return is_leaf(module) and (not now or id(module._modules) in always)
+        whole = is_leaf(module) and (not now or id(module._modules) in always)
+        return whole and module is not recorder.model
 
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if recorder.paused or threading.get_ident() != thread:
@@ -396,7 +403,8 @@ def _line_of(e: BaseException) -> Any:
 
     found = None
     for f in traceback.extract_tb(e.__traceback__):
-        if not f.filename.startswith(_SKIP) and "<" not in f.filename and "sympy" not in f.filename:
+        library = any(f"/{name}/" in f.filename for name in ("sympy", "numpy"))
+        if not f.filename.startswith(_SKIP) and "<" not in f.filename and not library:
             found = Source(f.filename, f.lineno or 0, f.name)
     return found or model_line()
 

@@ -32,7 +32,8 @@ def inputs(model: nn.Module) -> dict[str, Any]:
     """
     config: Any = model.config
     names = inspect.signature(model.forward).parameters
-    device = next(model.parameters()).device
+    devices = [p.device for p in model.parameters()]
+    device = max(devices, key=devices.count)  # a legacy constructor may have left one on the CPU
     main = getattr(model, "main_input_name", "input_ids")
     made: dict[str, Any] = {}
     builder = _BUILDERS.get(main)
@@ -48,15 +49,16 @@ def inputs(model: nn.Module) -> dict[str, Any]:
         )
     if "input_ids" in names and main == "pixel_values":
         made["input_ids"] = torch.zeros(BATCH, LENGTH, dtype=torch.long, device=device)
+    if "pixel_values" in names and main == "input_ids" and _is_two_tower(model):
+        made["pixel_values"] = _pixels(config, device)
     if "bbox" in names:
         made["bbox"] = torch.zeros(BATCH, LENGTH, 4, dtype=torch.long, device=device)
-    if main in ("input_features", "pixel_values", "input_values"):
-        dtype = next((p.dtype for p in model.parameters() if p.dtype.is_floating_point), None)
-        made[main] = made[main].to(dtype)
+    dtype = next((p.dtype for p in model.parameters() if p.dtype.is_floating_point), None)
+    made = {k: v.to(dtype) if v.is_floating_point() else v for k, v in made.items()}
     takes_cache = "use_cache" in names or any(
         p.kind is inspect.Parameter.VAR_KEYWORD for p in names.values()
     )
-    if takes_cache and getattr(config, "use_cache", None) is not None:
+    if takes_cache and _find(config, "use_cache") is not None:
         made["use_cache"] = False
     return made
 
@@ -67,9 +69,14 @@ def _text(config: Any, device: torch.device) -> torch.Tensor:
     return torch.full((rows, LENGTH), 3, dtype=torch.long, device=device)
 
 
+def _is_two_tower(model: nn.Module) -> bool:
+    """Whether a text-and-image model needs both (CLIP); a chat model can do with text alone."""
+    return hasattr(model, "get_image_features") and hasattr(model, "get_text_features")
+
+
 def _find(config: Any, *names: str) -> Any:
-    """Returns the first of the settings a config, or the vision or audio config in it, has."""
-    nested = [getattr(config, k, None) for k in ("vision_config", "audio_config", "encoder")]
+    """Returns the first of the settings that a config, or a config in it, has."""
+    nested = [getattr(config, k, None) for k in _PARTS]
     for name in names:
         for c in (config, *nested):
             value = getattr(c, name, None)
@@ -107,6 +114,7 @@ def _samples(config: Any, device: torch.device) -> torch.Tensor:
     return torch.zeros(BATCH, 8000, device=device)
 
 
+_PARTS = ("text_config", "vision_config", "audio_config", "encoder", "decoder")
 _BUILDERS = {
     "input_ids": _text,
     "pixel_values": _pixels,

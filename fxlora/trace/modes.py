@@ -18,6 +18,7 @@ from torch.fx import Graph, Node
 
 from fxlora.errors import TraceError
 from fxlora.facts import path_of
+from fxlora.trace.arguments import Rebuild
 from fxlora.trace.guards import ByMode, TrainOnly
 
 _RANDOM = frozenset("rand randn randint rand_like randn_like bernoulli uniform_ normal_".split())
@@ -67,6 +68,8 @@ def merge(now: Graph, mode: bool, other: Callable[[], Graph]) -> Merged:
 
 def _signature(node: Node) -> Any:
     target = "" if node.op == "output" else node.target
+    if isinstance(target, Rebuild):
+        target = target.__name__  # each run made its own
     return node.op, target, path_of(node)
 
 

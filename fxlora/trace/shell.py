@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import functools
+import inspect
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -32,7 +34,8 @@ def is_leaf(module: nn.Module) -> bool:
     """Whether a module stays one `call_module` node.
 
     Leaves are the modules PEFT adapts as modules, and torch.nn's own modules without children
-    (so train/eval, dropout, hooks and quantized linears keep working). nn.MultiheadAttention and
+    (so train/eval, dropout, hooks and quantized linears keep working), and modules that hold
+    nothing and ask for the mode (stochastic depth). nn.MultiheadAttention and
     nn.TransformerEncoderLayer are traced through: they read their children's weights directly.
     """
     if isinstance(module, _CONTAINERS):
@@ -41,8 +44,21 @@ def is_leaf(module: nn.Module) -> bool:
         return True
     if isinstance(module, _ADAPTABLE) or is_conv1d(type(module)):
         return True
+    if module._modules:
+        return False
     own = type(module).__module__.startswith(("torch.nn.", "torch.ao.nn."))
-    return own and not module._modules
+    return own or (not module._parameters and not module._buffers and _asks_mode(type(module)))
+
+
+@functools.cache
+def _asks_mode(module_type: Hashable) -> bool:
+    """Whether the forward of a class mentions `training`: stochastic depth and its like.
+
+    Such a module does one thing in train mode and another in eval mode. Kept whole, it goes on
+    doing both.
+    """
+    code = getattr(inspect.unwrap(getattr(module_type, "forward")), "__code__", None)  # noqa: B009
+    return code is not None and "training" in code.co_names
 
 
 def _copy_leaf(module: nn.Module) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,7 +38,8 @@ def trace(
         model: the model; parameters may be on the meta device.
         args: example positional inputs, as torch.export takes them.
         kwargs: example keyword inputs.
-        dynamic: let the sizes of the inputs vary; False fixes them to the example's.
+        dynamic: let the sizes of the inputs vary (of images the batch only); False fixes them to
+            the example's.
         replay: copy the nodes of repeated blocks instead of running each; False runs all.
 
     Returns:
@@ -85,20 +87,11 @@ def _concrete(
     def record(mode: bool, dynamic: bool) -> concrete.Recording:
         return concrete.record(model, args, kwargs, mode=mode, dynamic=dynamic, replay=replay)
 
-    notes: tuple[str, ...] = ()
-    try:
-        now = record(mode, dynamic)
-    except TraceError as e:
-        if not dynamic:
-            raise
-        try:
-            now = record(mode, False)
-        except TraceError:
-            raise e from e.__cause__
-        dynamic = False
-        notes = (f"sizes are fixed to the example's: {str(e).splitlines()[0]}",)
+    now, mode, dynamic, notes = _first(record, mode, dynamic)
     merged = modes.Merged()
-    if now.mode_reads:
+    if any("eval mode only" in n for n in notes):
+        merged = modes.Merged(mode=False, reason=f": {notes[-1]}")
+    elif now.mode_reads:
         merged = modes.merge(now.graph, mode, lambda: record(not mode, dynamic).graph)
     facts = TraceInfo(
         model_class=type(model).__name__,
@@ -114,6 +107,33 @@ def _concrete(
     now.guards.mode, now.guards.mode_reason = merged.mode, merged.reason
     extra = {**now.constants, **merged.modules, "_guards": now.guards}
     return _assemble(model, now.graph, facts, extra)
+
+
+def _first(
+    record: Callable[[bool, bool], concrete.Recording], mode: bool, dynamic: bool
+) -> tuple[concrete.Recording, bool, bool, tuple[str, ...]]:
+    """Records the model as it stands; gives up symbolic sizes, then train mode, before failing.
+
+    Returns:
+        The recording, its mode, whether its sizes are symbolic, and notes on what was given up.
+    """
+    tries = [(mode, dynamic), (mode, False), (False, dynamic), (False, False)]
+    first: TraceError | None = None
+    for m, d in dict.fromkeys(tries):
+        try:
+            now = record(m, d)
+        except TraceError as e:
+            first = first or e
+            continue
+        why = str(first).splitlines()[0] if first is not None else ""
+        notes = []
+        if d != dynamic:
+            notes.append(f"sizes are fixed to the example's: {why}")
+        if m != mode:
+            notes.append(f"stands for eval mode only: {why}")
+        return now, m, d, tuple(notes)
+    assert first is not None
+    raise first from first.__cause__
 
 
 def _assemble(
