@@ -648,9 +648,10 @@ class TestTorchFeatures:
             x = X.clone().requires_grad_()
             law(model, x, compare=not reentrant)
 
+    @pytest.mark.xfail(strict=True, reason="a tensor unseen until the output blames the trace call")
     def test_vmap_inside_forward(self) -> None:
         model = Has(lambda m, x: torch.vmap(lambda row: row * 2 + 1)(m.lin(x)))
-        assert_traced_or_refused(model, "vmap")
+        assert_traced_or_refused(model, "torch.vmap(")
 
     def test_func_grad_inside_forward(self) -> None:
         model = Has(lambda m, x: m.lin(torch.func.grad(lambda v: (v**2).sum())(x)))

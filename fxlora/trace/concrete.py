@@ -74,7 +74,7 @@ class _Training:
         if threading.get_ident() != self._thread:
             return module.__dict__["training"]
         if not self._recorder.paused:
-            self._recorder.read_mode(module)
+            self._recorder.read_mode()
         return self._mode
 
     def __set__(self, module: nn.Module, value: bool) -> None:

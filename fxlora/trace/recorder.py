@@ -17,7 +17,6 @@ from fxlora.errors import TraceError
 from fxlora.facts import Frame, Source
 from fxlora.trace import known, operators, sizes
 from fxlora.trace.regions import GradRegions
-from fxlora.trace.shell import is_leaf
 
 _SKIP = (os.path.dirname(torch.__file__), os.path.dirname(os.path.dirname(__file__)))
 
@@ -320,10 +319,9 @@ class Recorder(TorchFunctionMode):
         spelling = lambda: ("call_module", path)  # noqa: E731
         return self.run(forward, (module, *args), kwargs, spelling, type(module).__name__)
 
-    def read_mode(self, module: nn.Module) -> None:
-        """Notes that the model's own code asked `module.training`."""
-        if not is_leaf(module):
-            self.mode_reads.append(self.stack[-1].path if self.stack else "")
+    def read_mode(self) -> None:
+        """Notes that the model's own code asked for the mode."""
+        self.mode_reads.append(self.stack[-1].path if self.stack else "")
 
     def is_known(self, tensor: Any) -> bool:
         """Whether the value of a tensor follows from sizes alone."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -47,11 +47,12 @@ def is_leaf(module: nn.Module) -> bool:
     if module._modules:
         return False
     own = type(module).__module__.startswith(("torch.nn.", "torch.ao.nn."))
-    return own or (not module._parameters and not module._buffers and _asks_mode(type(module)))
+    idle = not module._parameters and not module._buffers
+    return own or (idle and _asks_mode(type(module)))  # type: ignore[arg-type]
 
 
 @functools.cache
-def _asks_mode(module_type: Hashable) -> bool:
+def _asks_mode(module_type: Any) -> bool:
     """Whether the forward of a class mentions `training`: stochastic depth and its like.
 
     Such a module does one thing in train mode and another in eval mode. Kept whole, it goes on
