@@ -204,7 +204,7 @@ def plan(traced: GraphModule, config: Any) -> Plan:
         config=settings,
         trainable=trainable,
         total=total,
-        warnings=tuple(_warnings(asked, settings, planned)),
+        warnings=tuple(_warnings(asked, settings, planned, _model_type(facts.model))),
         model_class=facts.model_class,
         targets=asked,
     )
@@ -257,10 +257,14 @@ def _moe_names(config: Any, model: nn.Module) -> None:
         raise ConfigError(f"{e} (target_modules={config.target_modules!r})") from None
 
 
+def _model_type(model: nn.Module) -> str | None:
+    return getattr(getattr(model, "config", None), "model_type", None)
+
+
 def _by_model_type(model: nn.Module) -> set[str] | str:
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
 
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    model_type = _model_type(model)
     found = KNOWN.get(model_type)
     if found is None:
         what = f"model type {model_type!r}" if model_type else f"a {type(model).__name__}"
@@ -458,7 +462,13 @@ def _count(traced: GraphModule, planned: list[PlannedSite], config: Any) -> tupl
     return adapters + biases, adapters + sum(p.numel() for _, p in base)
 
 
-def _warnings(asked: tuple[str, ...], config: Any, planned: list[PlannedSite]) -> Iterator[str]:
+_MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+_NOT_ON_MAMBA = ("out_proj", "conv1d")
+
+
+def _warnings(
+    asked: tuple[str, ...], config: Any, planned: list[PlannedSite], model_type: str | None
+) -> Iterator[str]:
     names = [p.name for p in planned if p.kind != "Parameter"]
     last = sorted({n.rpartition(".")[2] for n in names})
     for target in asked:
@@ -472,6 +482,13 @@ def _warnings(asked: tuple[str, ...], config: Any, planned: list[PlannedSite]) -
             if not hit:
                 yield f"{which} key {key!r} matches no adapted site"
     yield from _odd_layers(planned)
+    # peft.tuners.tuners_utils._check_lora_target_modules_mamba
+    refused = [p.name for p in planned if p.adapted and p.name.rpartition(".")[2] in _NOT_ON_MAMBA]
+    if model_type in _MAMBA and refused:
+        yield (
+            f"peft refuses {refused[0].rpartition('.')[2]!r} on {model_type} models (its kernels "
+            f"read the weight directly): leave out {', '.join(map(repr, _NOT_ON_MAMBA))}"
+        )
     uncalled = [p.name for p in planned if p.adapted and not p.site.calls]
     if uncalled:
         yield f"{count(len(uncalled), 'adapted site')} never called on the traced path: " + (

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
 
+import graphviz
 import networkx as nx
 from torch.fx import GraphModule
 
@@ -84,6 +85,11 @@ class Drawing:
     def dot(self) -> str:
         """The DOT text; needs no engine."""
         return dot_text(self.graph, self.options.direction)
+
+    @property
+    def source(self) -> graphviz.Source:
+        """The DOT text as the graphviz package's own object, to render, pipe or view with it."""
+        return graphviz.Source(self.dot)
 
     @cached_property
     def layout(self) -> Layout:
