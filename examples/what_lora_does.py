@@ -11,13 +11,13 @@ import sys
 from collections import OrderedDict
 from pathlib import Path
 
+import fxlora_viz
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
 import fxlora
-import fxlora_viz
 
 
 def heading(text: str) -> None:

@@ -99,7 +99,7 @@ class _Canonicaliser:
         if label is None:
             self._digest[node] = _hash("nothing")
             return
-        digest = _hash(*parts, node.meta.get("grad_enabled", True))
+        digest = _hash(*parts, node.meta.get("grad_enabled", True), node.meta.get("autocast"))
         self._digest[node] = digest
         self._out.nodes[node], self._out.labels[node] = digest, label
         if target_name(node) in _VIEWS and node.args and isinstance(node.args[0], Node):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +20,7 @@ from fxlora.plan import Plan
 from fxlora.plan import plan as make_plan
 from fxlora.rewrite import rewrite
 from fxlora.trace import trace
+from fxlora.trace.arguments import tensors_inside
 
 SEED = 0
 
@@ -191,6 +194,8 @@ def compare(
         if _runnable(model) if run is None else run:
             outputs, gradients = _run_both(ours, theirs, args, kwargs)
             differences += _run_differences(outputs, gradients)
+            if not outputs:
+                differences.append("nothing was compared: the output holds no floating tensor")
     peft_trainable, peft_total = peft_model.get_nb_trainable_parameters()
     return Comparison(
         equal=not differences,
@@ -320,12 +325,27 @@ def _run_both(
             values = torch.randn(p.shape, dtype=torch.float32).to(p) * 0.05
             p.data.copy_(values)
             other[name].data.copy_(values)
-    a, grads_a = _run(ours, mine, args, kwargs)
-    b, grads_b = _run(theirs, other, args, kwargs)
+    with _kept_buffers(ours, theirs):
+        a, grads_a = _run(ours, mine, args, kwargs)
+    with _kept_buffers(ours, theirs):
+        b, grads_b = _run(theirs, other, args, kwargs)
     outputs = [_deviation(f"output {i}", x, y) for i, (x, y) in enumerate(zip(a, b, strict=True))]
     names = [n for n in mine if n in grads_a or n in grads_b]
     gradients = [_deviation(n, grads_a.get(n), grads_b.get(n)) for n in names]
     return tuple(outputs), tuple(gradients)
+
+
+@contextlib.contextmanager
+def _kept_buffers(*models: nn.Module) -> Iterator[None]:
+    """Puts back what a run counts in place: both sides share the model's own buffers."""
+    kept = [(b, b.clone()) for m in models for b in m.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for b, before in kept:
+                if not torch.equal(b, before):
+                    b.copy_(before)
 
 
 def _run(
@@ -344,13 +364,14 @@ def _run(
 
 
 def _leaves(value: Any) -> list[torch.Tensor]:
+    """Returns every tensor of an output, inside whatever object it came in."""
     if isinstance(value, torch.Tensor):
         return [value]
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, (list, tuple)):
         return [t for v in value for t in _leaves(v)]
-    return []
+    return tensors_inside(value)
 
 
 def _deviation(name: str, a: torch.Tensor | None, b: torch.Tensor | None) -> Deviation:

@@ -8,7 +8,7 @@ Every node of a traced graph carries, in `node.meta`:
 - `"source"`: the `Source` line of the model's own code.
 - `"mutates"`: the nodes whose tensor this node changes in place, when there are any.
 - `"grad_enabled"`: False inside `torch.no_grad()`; absent elsewhere.
-- `"aliases"`: True when the result shares storage with an input's.
+- `"autocast"`: (device type, dtype) inside a `torch.autocast(...)` of the model's own.
 
 Nodes inserted by a rewrite also carry `"role"`, `"site"` and `"adapter"`.
 """

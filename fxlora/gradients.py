@@ -14,7 +14,7 @@ _CUT = frozenset(
     "randint_like new_zeros new_ones new_empty new_full new_tensor new_empty_strided size numel "
     "argmax argmin argsort nonzero isnan isinf isfinite eq ne lt le gt ge logical_not logical_and "
     "logical_or logical_xor bucketize searchsorted histc bincount multinomial one_hot "
-    "enter_grad_mode leave_grad_mode item tolist heaviside all any signbit".split()
+    "enter_grad_mode leave_grad_mode enter_autocast leave_autocast item tolist heaviside all any signbit".split()
 )
 # Arguments that are read for their size, dtype or place only: position of the first such one.
 _SHAPE_ONLY = {
@@ -73,8 +73,10 @@ def target_name(node: Node) -> str:
 
 
 def _flag(root: GraphModule, node: Node, name: str, flags: dict[Node, bool], enabled: bool) -> bool:
+    if "requires_grad" in node.meta:  # an input, or a part of one
+        return bool(node.meta["requires_grad"])
     if node.op == "placeholder":
-        return bool(node.meta.get("requires_grad", False))
+        return False
     if node.op == "get_attr":
         return bool(getattr(attribute(root, str(node.target)), "requires_grad", False))
     if node.op == "output":

@@ -39,6 +39,10 @@ def twin(model: nn.Module) -> nn.Module:
         memo[id(p)] = view if view is p else view.requires_grad_(p.requires_grad)
     for b in model.buffers():
         memo[id(b)] = b
+    for m in model.modules():
+        for value in m.__dict__.values():  # old-style weight_norm keeps its result as an attribute
+            if isinstance(value, torch.Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach()
     return copy.deepcopy(model, memo)
 
 

@@ -190,6 +190,11 @@ def plan(traced: GraphModule, config: Any) -> Plan:
     [('0', 'adapted'), ('1', 'skipped')]
     """
     facts = info(traced)
+    if facts.plan is not None:
+        raise ConfigError(
+            "this graph is already rewritten; a second adapter on it is not supported yet. Plan "
+            "from the traced graph: fxlora.plan(fxlora.trace(model, args, kwargs), config)"
+        )
     settings = resolved_copy(config)
     asked = _asked(settings)
     linear = _resolve_targets(settings, facts.model)

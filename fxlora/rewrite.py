@@ -36,6 +36,24 @@ def cast_like(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return x if x.dtype == like.dtype else x.to(like.dtype)
 
 
+def baddbmm(
+    weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, alpha: float
+) -> torch.Tensor:
+    """Returns `weight + alpha * left @ right` in the dtype of `weight`, under autocast too.
+
+    peft folds the factors of expert weights this way (peft.tuners.lora.layer._LoraFactorsProxy).
+    """
+    if weight.device.type == "meta":
+        return torch.baddbmm(weight, left, right, alpha=alpha)
+    with torch.autocast(weight.device.type, enabled=False):
+        return torch.baddbmm(weight, left, right, alpha=alpha)
+
+
+# So that a saved GraphModule, which torch.fx traces again when it is loaded, keeps them whole.
+torch.fx.wrap("cast_like")
+torch.fx.wrap("baddbmm")
+
+
 def rewrite(traced: GraphModule, plan: Plan | Any) -> GraphModule:
     """Returns a new graph module in which the planned sites are base plus low-rank.
 
@@ -62,8 +80,8 @@ def rewrite(traced: GraphModule, plan: Plan | Any) -> GraphModule:
     >>> [n for n, p in lora.named_parameters() if p.requires_grad]
     ['0.lora_A.default.weight', '0.lora_B.default.weight']
     """
-    if not isinstance(plan, Plan):
-        plan = make_plan(traced, plan)
+    if not isinstance(plan, Plan) or info(traced).plan is not None:
+        plan = make_plan(traced, plan.config if isinstance(plan, Plan) else plan)
     nodes = {id(n) for n in traced.graph.nodes}
     for p in plan:
         if any(id(c.node) not in nodes for c in p.site.calls):
@@ -136,7 +154,7 @@ def _insert(graph: Graph, root: nn.Module, planned: PlannedSite, new: dict[Node,
         return
     for call in planned.site.calls:
         # PEFT puts the adapter where the first name of a module stands: an alias keeps the base.
-        if call.through_module and call.node.op == "call_module" and call.path == planned.name:
+        if call.through_module and call.node.op == "call_module":
             _insert_branch(graph, planned, new[call.node], root)
 
 
@@ -191,8 +209,14 @@ def _insert_branch(graph: Graph, planned: PlannedSite, base: Node, root: nn.Modu
     wide = None if dtype is None else torch.promote_types(dtype, weight.dtype)
     total = new.add("sum", "call_method", "add", (base, scaled), shape, wide)
     out = new.add("cast_back", "call_function", cast_like, (total, base), shape, dtype)
+    _redirect(users, base, out)
+
+
+def _redirect(users: list[Node], old: Node, new: Node) -> None:
     for user in users:
-        user.replace_input_with(base, out)
+        user.replace_input_with(old, new)
+        if old in user.meta.get("mutates", ()):
+            user.meta["mutates"] = tuple(new if n is old else n for n in user.meta["mutates"])
 
 
 def _open_layer(graph: Graph, call: Node, root: nn.Module) -> None:
@@ -233,8 +257,7 @@ def _insert_delta(
         if users:
             node.meta.update(role="base", site=planned.name, adapter=ADAPTER)
             out = _delta_nodes(graph, planned, node, root)
-            for user in users:
-                user.replace_input_with(node, out)
+            _redirect(users, node, out)
 
 
 def _delta_nodes(graph: Graph, planned: PlannedSite, base: Node, root: nn.Module) -> Node:
@@ -265,6 +288,6 @@ def _delta_nodes(graph: Graph, planned: PlannedSite, base: Node, root: nn.Module
     left = new.add("cast", "call_function", cast_like, (left, base), left.meta["shape"], dtype)
     right = new.add("cast", "call_function", cast_like, (right, base), right.meta["shape"], dtype)
     return new.add(
-        "sum", "call_function", torch.baddbmm, (base, left, right), shape, dtype,
+        "sum", "call_function", baddbmm, (base, left, right), shape, dtype,
         {"alpha": planned.scaling},
     )  # fmt: skip

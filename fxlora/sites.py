@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -162,7 +162,13 @@ def _module_site(
     module: Any = info(root).model.get_submodule(name)
     weight = module.in_proj_weight if kind == "MultiheadAttention" else module.weight
     shape = tuple(weight.shape) if isinstance(weight, torch.Tensor) else ()
-    own = [c for a in aliases for c in calls.get(a, ())]
+    # PEFT replaces the child of one parent object; a call reaches it by any path that ends there.
+    place = _place(info(root).model, name)
+    own = [
+        replace(c, through_module=_place(info(root).model, a) == place)
+        for a in aliases
+        for c in calls.get(a, ())
+    ]
     for parameter in _parameter_names(root, aliases):
         if parameter.rpartition(".")[2] != "bias":
             own += [c for c in calls.get(parameter, ()) if c not in own]
@@ -174,6 +180,11 @@ def _module_site(
         name, kind, type_name, in_features, out_features, shape, bias is not None,
         tuple(own), tuple(aliases[1:]),
     )  # fmt: skip
+
+
+def _place(model: nn.Module, path: str) -> tuple[int, str]:
+    parent, _, last = path.rpartition(".")
+    return id(model.get_submodule(parent)), last
 
 
 def _features(module: Any, kind: str, shape: tuple[int, ...]) -> tuple[int, int]:

@@ -26,5 +26,6 @@ def _seed() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _quiet() -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    logging.getLogger("torch.__trace").setLevel(logging.ERROR)  # fills every failure otherwise
     transformers.logging.set_verbosity_error()
     assert peft.__version__

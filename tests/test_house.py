@@ -71,7 +71,7 @@ def violations(sources: dict[str, Path]) -> list[str]:
                 continue
             if short == "" and name in ("cli", "__main__"):
                 continue
-            elif RANK[short] >= RANK[name] and not (short == "" or name == ""):
+            if RANK[short] >= RANK[name] and not (short == "" or name == ""):
                 found.append(f"{name} imports {short}")
     return found
 

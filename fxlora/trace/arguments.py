@@ -30,12 +30,13 @@ class Bound:
     """The arguments of one call, bound to the names of `forward`.
 
     Attributes:
-        positional: values of *args and of positional-only parameters, in order.
-        named: every other argument by name, in the signature's order.
+        arguments: every argument by name, in the order of the signature; `*args` get names of
+            their own.
+        by_position: the names of those that were passed by position.
     """
 
-    positional: dict[str, Any]
-    named: dict[str, Any]
+    arguments: dict[str, Any]
+    by_position: list[str]
 
 
 def bind(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Bound:
@@ -51,23 +52,17 @@ def bind(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Bou
         raise TraceError(
             f"{type(model).__name__}.forward{signature} does not take these example inputs: {e}"
         ) from None
-    kinds = {n: p.kind for n, p in signature.parameters.items()}
-    positional: dict[str, Any] = {}
-    named: dict[str, Any] = {}
-    # *args can be reached by position only, so then everything before it goes by position too.
-    by_position = any(kinds[n] is inspect.Parameter.VAR_POSITIONAL for n in bound.arguments)
+    arguments: dict[str, Any] = {}
     for name, value in bound.arguments.items():
-        if kinds[name] is inspect.Parameter.VAR_POSITIONAL:
-            positional.update({f"{name}_{i}": v for i, v in enumerate(value)})
-        elif kinds[name] is inspect.Parameter.VAR_KEYWORD:
-            named.update(value)
-        elif kinds[name] is inspect.Parameter.POSITIONAL_ONLY or (
-            by_position and kinds[name] is inspect.Parameter.POSITIONAL_OR_KEYWORD
-        ):
-            positional[name] = value
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            arguments.update({f"{name}_{i}": v for i, v in enumerate(value)})
+        elif kind is inspect.Parameter.VAR_KEYWORD:
+            arguments.update(value)
         else:
-            named[name] = value
-    return Bound(positional, named)
+            arguments[name] = value
+    # The model is called as the user called it: its hooks see what theirs would.
+    return Bound(arguments, list(arguments)[: len(args)])
 
 
 def _parts(value: Any) -> list[tuple[str, Callable[..., Any], Any, Any]] | None:
@@ -205,6 +200,18 @@ def find_tensors(value: Any) -> list[tuple[Any, str | int]]:
     return found
 
 
+def tensors_inside(value: Any) -> list[torch.Tensor]:
+    """Returns every tensor inside an arbitrary object, each once."""
+    return [_get(holder, key) for holder, key in find_tensors(value)]
+
+
+def _is_plain_dataclass(value: Any) -> bool:
+    """Whether an object is a dataclass that its fields alone make again."""
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return False
+    return all(f.init for f in dataclasses.fields(value))
+
+
 def output_args(value: Any, arg: Callable[[Any], Any], call: Callable[..., Node]) -> Any:
     """Turns what the model returned into the argument of the output node.
 
@@ -226,9 +233,11 @@ def output_args(value: Any, arg: Callable[[Any], Any], call: Callable[..., Node]
         return {k: again(v) for k, v in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(again(v) for v in value))
+    if isinstance(value, torch.Size):
+        return call(torch.Size, (tuple(again(v) for v in value),), {})
     if isinstance(value, (list, tuple)):
         return type(value)(again(v) for v in value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    if _is_plain_dataclass(value):
         fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
         return call(type(value), (), {k: again(v) for k, v in fields.items()})
     slots = find_tensors(value)

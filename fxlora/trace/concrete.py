@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import operator
 import os
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +25,7 @@ from torch.fx.experimental.symbolic_shapes import (
     StatelessSymbolicContext,
 )
 
-from fxlora.errors import TraceError
+from fxlora.errors import GuardError, TraceError
 from fxlora.facts import Source
 from fxlora.trace import arguments, known, sizes
 from fxlora.trace.guards import InputGuards
@@ -89,6 +91,7 @@ def record(
     mode: bool,
     dynamic: bool,
     replay: bool,
+    stretch: bool = True,
 ) -> Recording:
     """Runs `model` on fakes of the example inputs and returns what happened.
 
@@ -98,6 +101,7 @@ def record(
         mode: the value `self.training` reads as everywhere in the model.
         dynamic: whether the sizes of the inputs are symbols.
         replay: whether equal blocks are copied instead of run.
+        stretch: whether an example batch of one is traced as a batch of two.
 
     Raises:
         TraceError: with the line of the model's code that could not be followed.
@@ -110,18 +114,27 @@ def record(
     fake_mode.cache_enabled = False  # its keys cost more than the few hits they give here
     placeholders = arguments.Placeholders(graph)
     bound = arguments.bind(model, args, kwargs)
-    fake = _faker(fake_mode, shape_env, stretch=dynamic and _batch_of_one(args, kwargs))
-    positional = [placeholders.add(k, v, fake) for k, v in bound.positional.items()]
-    named = {k: placeholders.add(k, v, fake) for k, v in bound.named.items()}
+    stretch = stretch and dynamic and _batch_of_one(args, kwargs)
+    real: list[torch.Tensor] = []
+    fake = _faker(fake_mode, shape_env, stretch, real)
+    values = {k: placeholders.add(k, v, fake) for k, v in bound.arguments.items()}
+    positional = [values.pop(k) for k in bound.by_position]
     _name_sizes(recorder, placeholders)
     with _LOCK, fake_mode:
         with contextlib.ExitStack() as patches:
             patches.enter_context(_fake_buffers(model, recorder, fake_mode))
             replayer = _patch(patches, model, recorder, mode, replay)
-            out = _run(model, recorder, positional, named)
+            out = _run(model, recorder, positional, values)
         _finish(graph, recorder, out)
     guards, symbols = _guards(placeholders, recorder, shape_env)
-    _guard_node(graph, placeholders)
+    if stretch and not _holds(guards, real):
+        # The model does something else with one than with two: then the example is meant as it is.
+        return record(model, args, kwargs, mode=mode, dynamic=dynamic, replay=replay, stretch=False)
+    name = "_guards"
+    while hasattr(model, name):
+        name = f"_{name}"
+    guards.path = name
+    _guard_node(graph, placeholders, name)
     return Recording(
         graph=graph,
         constants=recorder.constants,
@@ -132,6 +145,14 @@ def record(
         replayed=replayer.count,
         notes=tuple(replayer.notes),
     )
+
+
+def _holds(guards: InputGuards, tensors: list[torch.Tensor]) -> bool:
+    try:
+        guards._check_shapes(tuple(tensors))
+    except GuardError:
+        return False
+    return True
 
 
 def _batch_of_one(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -147,7 +168,7 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 
 def _faker(
-    fake_mode: FakeTensorMode, shape_env: ShapeEnv | None, stretch: bool
+    fake_mode: FakeTensorMode, shape_env: ShapeEnv | None, stretch: bool, real: list[torch.Tensor]
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     count = iter(range(1_000_000))
 
@@ -156,6 +177,7 @@ def _faker(
 
         if t.is_nested or t.layout is not torch.strided:
             raise TraceError(f"an example input is {t.layout}; fxlora traces strided tensors")
+        real.append(t)
         requires_grad = t.requires_grad
         plain = t.detach()
         if stretch and plain.dim():
@@ -224,7 +246,7 @@ def _patch(
         patches.enter_context(
             mock.patch.object(masking, "is_tracing", _is_tracing(recorder, masking.is_tracing))
         )
-    for patch in _stand_ins():
+    for patch in (*_stand_ins(), *_watchers(recorder)):
         patches.enter_context(patch)
     patches.enter_context(recorder)
     return replayer
@@ -250,6 +272,37 @@ def _stand_ins() -> Iterator[Any]:
         yield mock.patch.object(
             parametrize, "_maybe_set", lambda a, b: None if a is b else maybe_set(a, b)
         )
+
+
+def _watchers(recorder: Recorder) -> Iterator[Any]:
+    """Yields patches that let the recorder see what torch does not dispatch to it."""
+    region = torch.amp.autocast_mode.autocast
+    enter, leave = region.__enter__, region.__exit__
+
+    def entered(self: Any) -> Any:
+        if not recorder.paused:
+            recorder.autocast.enter(recorder.create, self)
+        return enter(self)  # type: ignore[no-untyped-call]
+
+    def left(self: Any, *exc: Any) -> Any:
+        if not recorder.paused:
+            recorder.autocast.leave(recorder.create, recorder.graph)
+        return leave(self, *exc)
+
+    yield mock.patch.object(region, "__enter__", entered)
+    yield mock.patch.object(region, "__exit__", left)
+    function = torch.autograd.Function
+    apply = function.__dict__["apply"]
+
+    def applied(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        original = apply.__get__(None, cls)
+        if recorder.paused or any(callable(a) for a in args):
+            return original(*args, **kwargs)  # checkpointing: what it runs is what counts
+        # One node: its backward is its own, not that of the operations inside.
+        spelling = lambda: ("call_function", cls.apply)  # noqa: E731
+        return recorder.run(original, args, kwargs, spelling, cls.__name__)
+
+    yield mock.patch.object(function, "apply", classmethod(applied))
 
 
 def _is_tracing(recorder: Recorder, original: Callable[..., bool]) -> Callable[..., bool]:
@@ -316,9 +369,18 @@ def _restored(model: nn.Module, notes: list[str]) -> Iterator[None]:
         (name, m, dict(m.__dict__), [dict(m.__dict__[k]) for k in kept])
         for name, m in model.named_modules()
     ]
+    contents = [
+        (value, copy.copy(value))
+        for _, _, attributes, _ in before
+        for name, value in attributes.items()
+        if type(value) in (list, dict, set, deque) and name not in kept
+    ]
     try:
         yield
     finally:
+        for value, content in contents:
+            value.clear()
+            value.update(content) if hasattr(value, "update") else value.extend(content)
         for name, m, attributes, dicts in before:
             changed = _differing(m.__dict__, attributes)
             for d, k in zip(dicts, kept, strict=True):
@@ -430,11 +492,7 @@ def _sweep(graph: Graph) -> None:
     for node in graph.nodes:
         plain = node.op in ("call_function", "call_method") and not node.meta.get("mutates")
         name = str(getattr(node.target, "__name__", node.target))
-        if (
-            plain
-            and name not in known.RANDOM
-            and name not in ("enter_grad_mode", "leave_grad_mode")
-        ):
+        if plain and name not in known.RANDOM and not name.startswith(("enter_", "leave_")):
             fact = (node.op == "call_method" and name == "size") or known.is_device(node)
             if fact or all(n in from_sizes for n in node.all_input_nodes):
                 from_sizes.add(node)
@@ -498,7 +556,7 @@ def _conditions(recorder: Recorder, shape_env: ShapeEnv) -> tuple[str, ...]:
     return tuple(dict.fromkeys(stated.values()))
 
 
-def _guard_node(graph: Graph, placeholders: arguments.Placeholders) -> None:
+def _guard_node(graph: Graph, placeholders: arguments.Placeholders, name: str) -> None:
     """Puts the check of the inputs behind the last input."""
     last = [n for n in graph.nodes if n.op == "placeholder"]
     if not last:
@@ -510,5 +568,5 @@ def _guard_node(graph: Graph, placeholders: arguments.Placeholders) -> None:
     tensors = tuple(leaf.node for leaf in placeholders.leaves)
     constants = tuple(node for _, node in placeholders.constants.values())
     with graph.inserting_after(after):
-        node = graph.call_module("_guards", (tensors, constants))
+        node = graph.call_module(name, (tensors, constants))
     node.meta["module_stack"] = ()

@@ -57,6 +57,7 @@ class InputGuards(GraphHelper):
         self.constants = constants
         self.mode = mode
         self.mode_reason = ""
+        self.path = "_guards"
 
     def forward(self, tensors: tuple[Any, ...], constants: tuple[Any, ...] = ()) -> None:
         """Raises `GuardError` when an input is not one the graph stands for."""

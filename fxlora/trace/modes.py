@@ -9,7 +9,7 @@ is kept and refuses to run in the other.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,13 +45,14 @@ class _Differ(Exception):
     """The two runs make different calls."""
 
 
-def merge(now: Graph, mode: bool, other: Callable[[], Graph]) -> Merged:
+def merge(now: Graph, mode: bool, other: Callable[[], Graph], taken: Container[str] = ()) -> Merged:
     """Makes `now`, recorded in `mode`, follow both modes; changes it in place.
 
     Args:
         now: the graph recorded in the current mode.
         mode: True when that mode is train.
         other: records the graph of the other mode; may raise TraceError.
+        taken: module names a new module may not have.
     """
     name = "eval" if mode else "train"
     try:
@@ -60,7 +61,7 @@ def merge(now: Graph, mode: bool, other: Callable[[], Graph]) -> Merged:
         note = f"stands for {'train' if mode else 'eval'} mode only: {e}"
         return Merged(mode=mode, reason=f" ({e})", notes=(note,))
     try:
-        return _Merge(now, there, mode).run()
+        return _Merge(now, there, mode, taken).run()
     except _Differ as e:
         note = f"{name} mode takes another path: {e}"
         return Merged(mode=mode, reason=f" ({e})", notes=(note,))
@@ -100,8 +101,8 @@ def _align(a: list[Node], b: list[Node]) -> tuple[list[tuple[Node, Node]], list[
 class _Merge:
     """Lays the graph of the other mode over the one that is kept."""
 
-    def __init__(self, now: Graph, there: Graph, mode: bool) -> None:
-        self._now, self._mode = now, mode
+    def __init__(self, now: Graph, there: Graph, mode: bool, taken: Container[str]) -> None:
+        self._now, self._mode, self._taken = now, mode, taken
         self._pairs, self._only_now, self._only_there = _align(list(now.nodes), list(there.nodes))
         self._twin = {b: a for a, b in self._pairs}
         self._modules: dict[str, nn.Module] = {}
@@ -162,9 +163,12 @@ class _Merge:
         return self._made[key]
 
     def _new_path(self, owner: str, name: str) -> str:
+        prefix = f"{owner}.{name}" if owner else name
         n = self._counts.get(owner, 0)
+        while f"{prefix}_{n}" in self._taken:
+            n += 1
         self._counts[owner] = n + 1
-        return f"{owner}.{name}_{n}" if owner else f"{name}_{n}"
+        return f"{prefix}_{n}"
 
     def _keep_draws(self) -> None:
         """Turns random draws that only train mode makes into TrainOnly modules."""

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from fxlora.errors import TraceError
 from fxlora.facts import Frame, Source
 from fxlora.trace import known, operators, sizes
-from fxlora.trace.regions import GradRegions
+from fxlora.trace.regions import AutocastRegions, GradRegions
 
 _SKIP = (os.path.dirname(torch.__file__), os.path.dirname(os.path.dirname(__file__)))
 
@@ -80,6 +80,7 @@ class Recorder(TorchFunctionMode):
         self._keep: list[Any] = []
         self._calls: dict[str, int] = {}
         self._regions = GradRegions()
+        self.autocast = AutocastRegions()
         self._known = known.Known()
         self._names: dict[int, list[str]] = {}
         for name, t in (
@@ -118,7 +119,13 @@ class Recorder(TorchFunctionMode):
                 f"{self.where()}. It was made outside the model's forward or by an extension that "
                 "bypasses torch; pass it as an input, or register it as a buffer"
             )
-        name = f"_tensor_constant{len(self.constants)}"
+        return self._lift(tensor)
+
+    def _lift(self, tensor: torch.Tensor) -> Node:
+        number = len(self.constants)
+        while hasattr(self.model, f"_tensor_constant{number}"):
+            number += 1
+        name = f"_tensor_constant{number}"
         self.constants[name] = tensor
         return self._get_attr(name, tensor)
 
@@ -213,6 +220,8 @@ class Recorder(TorchFunctionMode):
         the argument must go on reading the argument.
         """
         inputs = list(tensors_in((args, kwargs)))
+        if not inputs and any(type(a).__name__ == "ndarray" for a in args):
+            return self._from_numpy(function, args, kwargs)
         versions = [t._version for t in inputs]
         before = len(self.shape_env.guards) if self.shape_env is not None else 0
         self.in_op += 1
@@ -237,6 +246,15 @@ class Recorder(TorchFunctionMode):
         self._bind_results(out, node, inputs)
         return out
 
+    def _from_numpy(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Makes a tensor out of an array, which fx has no words for, a constant of the graph."""
+        with self.hold():
+            with torch.utils._python_dispatch._disable_current_modes():
+                constant = function(*args, **kwargs)
+            out = function(*args, **kwargs)
+        self.bind(out, self._lift(constant))
+        return out
+
     def create(self, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
         """Adds a node that knows its modules and its line."""
         with _quiet():
@@ -252,6 +270,8 @@ class Recorder(TorchFunctionMode):
             meta["source"] = source
         if not torch.is_grad_enabled():
             meta["grad_enabled"] = False
+        if self.autocast.current is not None:
+            meta["autocast"] = self.autocast.current
         if isinstance(value, torch.Tensor):
             meta["shape"] = tuple(sizes.dimension(d) for d in value.shape)
             meta["dtype"] = value.dtype

@@ -1,4 +1,4 @@
-"""Grad-mode regions (`torch.no_grad()` inside a forward) as a pair of nodes."""
+"""Regions of a forward (`torch.no_grad()`, `torch.autocast(...)`) as pairs of nodes."""
 
 from __future__ import annotations
 
@@ -21,6 +21,20 @@ def leave_grad_mode(before: bool) -> None:
     torch._C._set_grad_enabled(before)
 
 
+def enter_autocast(
+    device_type: str, dtype: torch.dtype | None, enabled: bool, cache_enabled: bool | None
+) -> torch.autocast:
+    """Enters an autocast region and returns it, for `leave_autocast`."""
+    region = torch.autocast(device_type, dtype, enabled, cache_enabled)
+    region.__enter__()  # type: ignore[no-untyped-call]
+    return region
+
+
+def leave_autocast(region: torch.autocast) -> None:
+    """Leaves an autocast region."""
+    region.__exit__(None, None, None)
+
+
 class GradRegions:
     """Pairs the switches of grad mode seen while recording."""
 
@@ -37,3 +51,29 @@ class GradRegions:
             create("call_function", leave_grad_mode, (node,), {})
         elif before != enabled:
             self._open.append((create("call_function", enter_grad_mode, (enabled,), {}), before))
+
+
+class AutocastRegions:
+    """Pairs entering and leaving autocast.
+
+    Attributes:
+        current: (device type, dtype) of the innermost region that casts; None outside.
+    """
+
+    def __init__(self) -> None:
+        self._open: list[tuple[Node, tuple[str, str] | None]] = []
+        self.current: tuple[str, str] | None = None
+
+    def enter(self, create: Any, region: Any) -> None:
+        """Records the opening of a region."""
+        args = (region.device, region.fast_dtype, region._enabled, region._cache_enabled)
+        self._open.append((create("call_function", enter_autocast, args, {}), self.current))
+        self.current = (region.device, str(region.fast_dtype)) if region._enabled else None
+
+    def leave(self, create: Any, graph: Graph) -> None:
+        """Records the closing of the innermost region."""
+        node, self.current = self._open.pop()
+        if next(reversed(graph.nodes)) is node:
+            graph.erase_node(node)
+            return
+        create("call_function", leave_autocast, (node,), {})

@@ -296,7 +296,8 @@ def _structure(module: nn.Module) -> Any:
             for k, t in d.items()
         )
         identity = seen.setdefault(id(m), len(seen))
-        out.append((name, type(m), identity, tensors, m.__dict__["training"]))
+        settings = frozenset(m.__dict__)
+        out.append((name, type(m), identity, tensors, m.__dict__["training"], settings))
     return tuple(out)
 
 
@@ -327,7 +328,8 @@ class _Watch:
             if at is not None and name[:2] != "__" and name not in _NOT_SETTINGS:
                 own = plain(module, "__dict__")
                 if name in own:
-                    reads[at, name] = own[name]
+                    # The content as it was: a container may be written to between two blocks.
+                    reads.setdefault((at, name), _snapshot(own[name]))
             return value
 
         return read
@@ -344,6 +346,14 @@ def _watching(module: nn.Module, reads: dict[tuple[str, str], Any]) -> Any:
         return inner(m, name)
 
     return mock.patch.object(nn.Module, "__getattribute__", both, create=True)
+
+
+def _snapshot(value: Any) -> Any:
+    if type(value) in (list, tuple, set, frozenset):
+        return type(value)(_snapshot(v) for v in value)
+    if type(value) is dict:
+        return {k: _snapshot(v) for k, v in value.items()}
+    return value
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -94,10 +94,12 @@ def shell(module: nn.Module, view: ParameterView | None = None) -> nn.Module:
             parameters[id(p)] = view(p)
         return parameters[id(p)]
 
-    def build(old: nn.Module) -> nn.Module:
+    def build(old: nn.Module, inside: bool = False) -> nn.Module:
         if id(old) in modules:
             return modules[id(old)]
-        if is_leaf(old) or isinstance(old, _CONTAINERS[3:]):
+        # A leaf runs as itself, and so needs its children (parametrizations) as they are.
+        inside = inside or is_leaf(old)
+        if inside or isinstance(old, _CONTAINERS[3:]):
             new = _copy_leaf(old)
         else:
             new = nn.Module()
@@ -106,7 +108,7 @@ def shell(module: nn.Module, view: ParameterView | None = None) -> nn.Module:
         new._parameters = {k: viewed(p) for k, p in old._parameters.items()}
         new._buffers = dict(old._buffers)
         new._non_persistent_buffers_set = set(old._non_persistent_buffers_set)
-        new._modules = {k: None if m is None else build(m) for k, m in old._modules.items()}
+        new._modules = {k: None if m is None else build(m, inside) for k, m in old._modules.items()}
         return new
 
     return build(module)

@@ -55,6 +55,17 @@ def trace(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; fxlora.trace takes a torch.nn.Module")
+    if not isinstance(args, (tuple, list)):
+        raise TypeError(
+            f"args is a {type(args).__name__}; pass the positional inputs as a tuple: "
+            "fxlora.trace(model, (x,))"
+        )
+    for name in model._modules:
+        if isinstance(getattr(GraphModule, name, None), property):
+            raise TraceError(
+                f"{type(model).__name__} has a child called {name!r}, a property of every "
+                "GraphModule; rename it"
+            )
     kwargs = dict(kwargs or {})
     if not args and not kwargs:
         if not examples.is_transformers(model):
@@ -68,7 +79,9 @@ def _symbolic(model: nn.Module) -> GraphModule:
     now = symbolic.record(model, mode)
     merged = modes.Merged()
     if now.mode_reads:
-        merged = modes.merge(now.graph, mode, lambda: symbolic.record(model, not mode).graph)
+        merged = modes.merge(
+            now.graph, mode, lambda: symbolic.record(model, not mode).graph, module_types(model)
+        )
     facts = TraceInfo(
         model_class=type(model).__name__,
         module_types=module_types(model),
@@ -85,14 +98,19 @@ def _concrete(
     mode = bool(model.training)
 
     def record(mode: bool, dynamic: bool) -> concrete.Recording:
-        return concrete.record(model, args, kwargs, mode=mode, dynamic=dynamic, replay=replay)
+        with torch.inference_mode(False):  # inference tensors keep no versions
+            return concrete.record(model, args, kwargs, mode=mode, dynamic=dynamic, replay=replay)
 
     now, mode, dynamic, notes = _first(record, mode, dynamic)
     merged = modes.Merged()
     if any("eval mode only" in n for n in notes):
         merged = modes.Merged(mode=False, reason=f": {notes[-1]}")
     elif now.mode_reads:
-        merged = modes.merge(now.graph, mode, lambda: record(not mode, dynamic).graph)
+        merged = modes.merge(
+            now.graph, mode, lambda: record(not mode, dynamic).graph, module_types(model)
+        )
+    if merged.mode is not None:
+        _check_one_mode(model, now.mode_reads, merged.reason)
     facts = TraceInfo(
         model_class=type(model).__name__,
         module_types=module_types(model),
@@ -105,8 +123,20 @@ def _concrete(
         model=model,
     )
     now.guards.mode, now.guards.mode_reason = merged.mode, merged.reason
-    extra = {**now.constants, **merged.modules, "_guards": now.guards}
+    extra = {**now.constants, **merged.modules, now.guards.path: now.guards}
     return _assemble(model, now.graph, facts, extra)
+
+
+def _check_one_mode(model: nn.Module, reads: tuple[str, ...], reason: str) -> None:
+    """Refuses a model in two modes at once whose path depends on the mode."""
+    for path in reads:
+        module = model.get_submodule(path)
+        if module.training != model.training:
+            one, other = ("train", "eval") if model.training else ("eval", "train")
+            raise TraceError(
+                f"{path!r} is in {other} mode inside a model in {one} mode, and the model takes "
+                f"another path in either{reason}: call model.train() or model.eval(), then trace"
+            )
 
 
 def _first(
