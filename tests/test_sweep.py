@@ -49,6 +49,8 @@ def sweep() -> list[dict[str, object]]:
 
 def _reason(detail: str) -> str:
     text = re.sub(r"\S*/(site-packages|lib/python[\d.]+)/", "", detail)
+    # A set in peft's message prints in any order.
+    text = re.sub(r"\{('[^{}]*')\}", lambda m: ", ".join(sorted(m[1].split(", "))), text)
     text = re.split(r" This line (chooses|makes)| Check that model", text)[0]
     return text.replace("|", "\\|").replace("\n", " ")[:220]
 
