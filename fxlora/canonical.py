@@ -20,7 +20,7 @@ from torch.fx import GraphModule, Node
 from fxlora.gradients import attribute, target_name
 from fxlora.trace.guards import ByMode, InputGuards, TrainOnly
 
-_CASTS = frozenset("to cast_like type type_as float half bfloat16 double contiguous_cast".split())
+_CASTS = frozenset("to cast_like type type_as float half bfloat16 double".split())
 _VIEWS = frozenset(
     "view reshape transpose permute getitem unsqueeze squeeze expand t T mT chunk split unbind "
     "narrow select flatten alias view_as detach data".split()

@@ -145,15 +145,3 @@ def attribute(root: nn.Module, path: str) -> Any:
     """Returns the parameter, buffer or constant a `get_attr` node reads."""
     owner, _, name = path.rpartition(".")
     return getattr(root.get_submodule(owner), name)
-
-
-def reaches_output(graph_module: GraphModule) -> set[Node]:
-    """Returns the nodes whose value the output depends on, through any path."""
-    seen: set[Node] = set()
-    todo = [n for n in graph_module.graph.nodes if n.op == "output" or n.meta.get("mutates")]
-    while todo:
-        node = todo.pop()
-        if node not in seen:
-            seen.add(node)
-            todo += node.all_input_nodes
-    return seen

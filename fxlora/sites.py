@@ -96,14 +96,6 @@ class Site:
             return f"{self.name}.in_proj_weight"
         return f"{self.name}.weight" if self.name else "weight"
 
-    @property
-    def weight_numel(self) -> int:
-        """The number of elements of the weight."""
-        n = 1
-        for d in self.shape:
-            n *= d
-        return n
-
 
 def kind_of(module_type: type) -> str | None:
     """Returns the kind of layer PEFT would adapt a class as; None for any other class."""

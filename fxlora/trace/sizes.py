@@ -163,11 +163,6 @@ def text(expr: Any) -> str:
     return str(lower(expr, lambda name: name, apply))
 
 
-def evaluate(expr: Any, sizes: dict[str, int]) -> Any:
-    """Returns the value of an expression for concrete sizes."""
-    return lower(expr, sizes.__getitem__, lambda function, args: function(*args))
-
-
 class DataDependentSizeError(Exception):
     """A size that follows from a tensor's values, not from the inputs' sizes."""
 
