@@ -44,6 +44,13 @@ class Source(NamedTuple):
         """The source line itself, stripped; empty when the file is not readable."""
         return linecache.getline(self.file, self.line).strip()
 
+    @property
+    def short(self) -> str:
+        """The line without the machine's folders: the same text wherever the package lies."""
+        file = self.file.replace("\\", "/")
+        inside = file.rpartition("site-packages/")[2] if "site-packages/" in file else ""
+        return f"{inside or file.rpartition('/')[2]}:{self.line} in {self.function}"
+
     def __str__(self) -> str:
         return f"{self.file}:{self.line} in {self.function}"
 

@@ -42,7 +42,9 @@ def describe(group: Group, reading: Reading, inputs: int) -> Item:
         group.name if group.kind == "role" else "",
         str(site),
         str(last.meta.get("adapter", "")) if site else "",
-        clean(next((n.meta["source"] for n in group.members if n.meta.get("source")), ""), 200),
+        clean(
+            next((n.meta["source"].short for n in group.members if n.meta.get("source")), ""), 200
+        ),
         tuple(n.name for n in group.members),
     )
 
