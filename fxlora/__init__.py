@@ -6,8 +6,13 @@ lora = fxlora.rewrite(traced, plan)
 result = fxlora.compare(model, config, args, kwargs)
 """
 
+from fxlora import adapters
+from fxlora.checkpoint import load_adapter, save_adapter
 from fxlora.compare import Comparison, compare
+from fxlora.effects import effects
 from fxlora.errors import (
+    AdapterError,
+    CheckpointError,
     ConfigError,
     FxloraError,
     GuardError,
@@ -15,6 +20,7 @@ from fxlora.errors import (
     TraceError,
     UnsupportedError,
 )
+from fxlora.merge import merge
 from fxlora.plan import Plan, plan
 from fxlora.rewrite import rewrite
 from fxlora.trace import trace
@@ -22,6 +28,8 @@ from fxlora.trace import trace
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterError",
+    "CheckpointError",
     "Comparison",
     "ConfigError",
     "FxloraError",
@@ -30,8 +38,13 @@ __all__ = [
     "Plan",
     "TraceError",
     "UnsupportedError",
+    "adapters",
     "compare",
+    "effects",
+    "load_adapter",
+    "merge",
     "plan",
     "rewrite",
+    "save_adapter",
     "trace",
 ]

@@ -18,6 +18,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from fxlora.gradients import attribute, target_name
+from fxlora.runtime import DoraBase
 from fxlora.trace.guards import ByMode, InputGuards, TrainOnly
 
 _CASTS = frozenset("to cast_like type type_as float half bfloat16 double".split())
@@ -47,14 +48,17 @@ class Canonical:
     parameters: dict[str, tuple[Any, ...]] = field(default_factory=dict)
 
 
-def canonical(graph_module: GraphModule, name: Callable[[str], str] = lambda n: n) -> Canonical:
+def canonical(
+    graph_module: GraphModule, name: Callable[[str], str] = lambda n: n, mode: bool | None = None
+) -> Canonical:
     """Computes the canonical form of a graph, in linear time.
 
     Args:
         graph_module: a graph made by fxlora, of a model or of a PEFT-wrapped one.
         name: turns a parameter's name in this graph into the name both sides share.
+        mode: the one mode (train is True) the form shall stand for; None for both.
     """
-    return _Canonicaliser(graph_module, name).run()
+    return _Canonicaliser(graph_module, name, mode).run()
 
 
 def _hash(*parts: Any) -> str:
@@ -64,8 +68,10 @@ def _hash(*parts: Any) -> str:
 class _Canonicaliser:
     """One pass over one graph."""
 
-    def __init__(self, graph_module: GraphModule, name: Callable[[str], str]) -> None:
-        self._gm, self._name = graph_module, name
+    def __init__(
+        self, graph_module: GraphModule, name: Callable[[str], str], mode: bool | None
+    ) -> None:
+        self._gm, self._name, self._mode = graph_module, name, mode
         self._first: dict[int, str] = {}
         self._out = Canonical()
         self._digest: dict[Node, str] = {}
@@ -122,13 +128,17 @@ class _Canonicaliser:
             return None
         if node.op == "call_module":
             module = self._gm.get_submodule(str(node.target))
-            idle = isinstance(module, nn.Dropout) and module.p == 0
+            if isinstance(module, DoraBase) and self._mode is False and node.args[1] is None:
+                return source
+            idle = isinstance(module, nn.Dropout) and (module.p == 0 or self._mode is False)
             return source if isinstance(module, nn.Identity) or idle else None
         if node.op in ("call_method", "call_function") and target_name(node) in _CASTS:
+            # Where a value lives is not what it is: a move to a device counts as no change.
             before, after = source.meta.get("dtype"), node.meta.get("dtype")
-            moves = any(isinstance(a, torch.device) for a in (*node.args, *node.kwargs.values()))
-            if before is not None and before == after and not moves:
+            if before is not None and before == after:
                 return source
+        if target_name(node) == "requires_grad_" and target_name(source) == "detach":
+            return source  # nn.Parameter(x) inside a forward: the values of x, cut off
         return None
 
     def _parts(self, node: Node) -> tuple[str | None, tuple[Any, ...]]:
@@ -142,6 +152,8 @@ class _Canonicaliser:
         if node.op == "call_module":
             return self._module(node, args)
         name = target_name(node)
+        if name == "device":
+            return None, ()
         if name in _CASTS and node.meta.get("dtype") is not None:
             # How a cast says its dtype (a constant, another tensor) is a matter of spelling.
             shown = str(node.meta["dtype"])
@@ -166,6 +178,8 @@ class _Canonicaliser:
         if isinstance(module, ByMode):
             values = (repr(module.train_value), repr(module.eval_value))
             return f"train {values[0]}, eval {values[1]}", ("mode", *values)
+        if isinstance(module, DoraBase) and self._mode is not None:
+            return self._dora_base(module, node)
         if isinstance(module, TrainOnly):
             function = getattr(module.function, "__name__", repr(module.function))
             return f"in train mode {function}", ("train only", function, *args)
@@ -176,6 +190,17 @@ class _Canonicaliser:
         kind = f"{type(module).__module__}.{type(module).__qualname__}"
         label = f"{type(module).__name__} {self._name(str(node.target))}"
         return label, ("module", kind, module.extra_repr(), held, buffers, *args)
+
+    def _dora_base(self, module: DoraBase, node: Node) -> tuple[str, tuple[Any, ...]]:
+        """Writes out what the module calls in the one mode that is asked for."""
+        result, bias, x, weight = node.args
+        if not self._mode:
+            return "sub", ("call", "sub", self._arg((result, bias)), self._arg({}))
+        if not module.settings:
+            return "linear", ("call", "linear", self._arg((x, weight)), self._arg({}))
+        name = ("conv1d", "conv2d", "conv3d")[len(module.settings["stride"]) - 1]
+        settings = {"bias": None, **module.settings}
+        return name, ("call", name, self._arg((x, weight)), self._arg(settings))
 
     def _held(self, p: nn.Parameter) -> tuple[Any, ...]:
         shared = self._first.get(id(p), "")
@@ -188,7 +213,7 @@ class _Canonicaliser:
         if isinstance(value, (list, tuple)):
             return tuple(self._arg(v) for v in value)
         if isinstance(value, dict):
-            return tuple((k, self._arg(v)) for k, v in value.items())
+            return tuple((k, self._arg(v)) for k, v in value.items() if k != "device")
         if isinstance(value, slice):
             return ("slice", *map(self._arg, (value.start, value.stop, value.step)))
         if isinstance(value, (int, float, str, bool, type(None), torch.dtype, torch.device)):

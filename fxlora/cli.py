@@ -1,4 +1,4 @@
-"""The command line: `fxlora plan | draw | compare`, the outermost layer."""
+"""The command line: `fxlora plan | draw | compare | check`, the outermost layer."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ examples
   fxlora plan path/to/config.json -t all-linear --explain model.layers.3.mlp.gate_proj
   fxlora draw llama -t all-linear -o lora.svg
   fxlora compare mymodels:tiny -t 0,2 --json
+  fxlora check path/to/adapter --base llama
 
 exit codes
-  0  done (compare: the two sides are equal)
-  1  compare: they differ
+  0  done (compare: the two sides are equal; check: the adapter fits)
+  1  compare: they differ; check: it does not fit
   2  the command line, the configuration or the model is wrong; the message says how
   3  the model cannot be traced, or peft refused it
 """
@@ -58,12 +59,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _failed(error: FxloraError, arguments: argparse.Namespace) -> int:
-    from fxlora.errors import ConfigError, ModelSpecError
+    from fxlora.errors import CheckpointError, ConfigError, ModelSpecError
 
     if arguments.json:
         print(json.dumps({"error": type(error).__name__, "message": str(error)}))
     print(f"fxlora: {error}", file=sys.stderr)
-    return EXIT_USAGE if isinstance(error, (ConfigError, ModelSpecError)) else EXIT_ERROR
+    return (
+        EXIT_USAGE
+        if isinstance(error, (CheckpointError, ConfigError, ModelSpecError))
+        else EXIT_ERROR
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -90,12 +95,29 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         if name == "plan":
             command.add_argument("--explain", metavar="NAME", help="everything about one site")
+            command.add_argument(
+                "--effects", action="store_true",
+                help="whether each adapter's gradient arrives: live, bypassed, inert, cut, dead",
+            )  # fmt: skip
         if name == "draw":
             command.add_argument(
                 "-o", "--output", default="lora.svg", metavar="FILE",
                 help="by its suffix: .svg .dot .html .png .pdf (default: lora.svg)",
             )  # fmt: skip
+    _add_check(commands)
     return parser
+
+
+def _add_check(commands: Any) -> None:
+    text = "which tensor of a peft adapter directory lands on which site of a model"
+    command = commands.add_parser(
+        "check", help=text, description=f"fxlora check: {text}; nothing is loaded.\n\n{_DESCRIPTION}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    command.add_argument("adapter", metavar="ADAPTER_DIR", help="a folder as peft's save_pretrained leaves it")  # fmt: skip
+    command.add_argument("--base", required=True, metavar="MODEL", help="the model, named as above")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.set_defaults(run=_check)
 
 
 def _add_config(command: argparse.ArgumentParser) -> None:
@@ -111,6 +133,9 @@ def _add_config(command: argparse.ArgumentParser) -> None:
     add("--layers", metavar="INDICES", help="layers_to_transform, such as 0,1,8-11")
     add("--bias", default="none", choices=("none", "all", "lora_only"), help="which biases train")
     add("--target-parameters", metavar="NAMES", help="comma-separated parameter names")
+    add("--modules-to-save", metavar="NAMES", help="comma-separated modules trained as a whole")
+    add("--dora", action="store_true", help="use_dora")
+    add("--init", metavar="HOW", default=None, help="init_lora_weights, such as pissa or gaussian")
     add("--task-type", metavar="TYPE", help="peft's task type, such as CAUSAL_LM or SEQ_CLS")
     add("--config", metavar="FILE", help="a peft adapter_config.json instead of the flags above")
     add("--json", action="store_true", help="print JSON")
@@ -167,6 +192,9 @@ def _config(a: argparse.Namespace) -> Any:
             target_parameters=_names(a.target_parameters),
             bias=a.bias,
             task_type=a.task_type,
+            modules_to_save=_names(a.modules_to_save),
+            use_dora=a.dora,
+            init_lora_weights=True if a.init is None else a.init,
         )
     except (ValueError, TypeError) as e:
         raise ConfigError(str(e)) from None
@@ -231,13 +259,22 @@ def _plan(a: argparse.Namespace) -> int:
             raise NoMatchError(f"--explain {e.args[0]}") from None
         print(json.dumps(site.to_dict(), indent=2) if a.json else describe(site))
         return EXIT_OK
+    found = None
+    if a.effects:
+        import fxlora
+
+        found = fxlora.effects(fxlora.rewrite(traced, plan))
     if a.json:
         facts = info(traced)
         out = plan.to_dict()
+        if found is not None:
+            out["effects"] = [e.to_dict() for e in found]
         out["trace"] = {"sizes": facts.sizes, "guards": facts.guards, "notes": facts.notes}
         print(json.dumps(out, indent=2))
     else:
         print(plan)
+        if found is not None:
+            print(f"\n{found}")
     return EXIT_OK
 
 
@@ -278,6 +315,27 @@ def _compare(a: argparse.Namespace) -> int:
         raise FxloraError(f"peft refused this: {type(e).__name__}: {e}") from e
     print(json.dumps(result.to_dict(), indent=2) if a.json else result)
     return EXIT_OK if result.equal else EXIT_DIFFERS
+
+
+def _check(a: argparse.Namespace) -> int:
+    import fxlora
+    from fxlora import models
+    from fxlora.check import check_tensors
+    from fxlora.checkpoint import find, read_config, read_shapes
+
+    folder = find(a.adapter)
+    config, shapes = read_config(folder), read_shapes(folder)
+    model = models.build(a.base)
+    lora = fxlora.rewrite(fxlora.trace(model, *_inputs(model)), config)
+    report = check_tensors(lora, "default", shapes, config)
+    if a.json:
+        print(json.dumps(report.to_dict(), indent=2))
+        return EXIT_OK if report.fits else EXIT_DIFFERS
+    for row in report.rows:
+        if row.status == "fits":
+            print(f"{row.key} -> {row.name}")
+    print(f"{folder}: {report}")
+    return EXIT_OK if report.fits else EXIT_DIFFERS
 
 
 if __name__ == "__main__":

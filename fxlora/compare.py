@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,15 +14,20 @@ from torch.fx import GraphModule
 
 from fxlora import peft_side
 from fxlora.canonical import Canonical, canonical, first_difference
+from fxlora.divergences import FAST_PATH, Divergence, divergences, largest
 from fxlora.errors import TraceError
 from fxlora.facts import info
 from fxlora.plan import Plan
 from fxlora.plan import plan as make_plan
-from fxlora.rewrite import rewrite
+from fxlora.rewrite import rewrite, rewrite_as_peft, trained_values
 from fxlora.trace import trace
 from fxlora.trace.arguments import tensors_inside
 
 SEED = 0
+
+
+class PeftRunError(Exception):
+    """What kept a run from being compared."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,9 @@ class Comparison:
 
     Attributes:
         equal: nothing differs: parameters, certificate, and, where there are weights, bits.
-        differences: every difference, explained; empty when `equal`.
+        differences: every difference that no known divergence explains.
+        divergences: where PEFT's own number or behaviour is known to be off, and by how much; the
+            certificate and the run then compare PEFT with a graph that has its mistake built in.
         parameters: the parameter table.
         certificate: the structural proof.
         outputs, gradients: per tensor, from running both; empty on the meta device.
@@ -108,6 +115,7 @@ class Comparison:
     tree_after: str = field(repr=False, default="")
     peft_version: str = ""
     notes: tuple[str, ...] = ()
+    divergences: tuple[Divergence, ...] = ()
 
     @property
     def percent(self) -> float:
@@ -127,7 +135,7 @@ class Comparison:
         }  # fmt: skip
         out["differences"], out["notes"] = list(self.differences), list(self.notes)
         out["certificate"] = asdict(self.certificate)
-        for k in ("parameters", "outputs", "gradients"):
+        for k in ("parameters", "outputs", "gradients", "divergences"):
             out[k] = [asdict(row) for row in getattr(self, k)]
         return out
 
@@ -177,28 +185,38 @@ def compare(
     from fxlora.example_inputs import for_model
 
     args, kwargs = for_model(model, args, kwargs)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))):
         traced = trace(model, args, kwargs)
         plan = make_plan(traced, config)
+        known = divergences(plan, model)
         torch.manual_seed(SEED)
         ours = rewrite(traced, plan)
+        as_peft = _as_peft(traced, plan, known, ours)
         peft_model = peft_side.wrap(model, config, SEED)
         theirs = peft_side.wrapped(peft_model)
-        theirs.train(model.training)
-        table = _parameters(model, ours, peft_model)
-        differences = _table_differences(table, ours, theirs)
-        certificate = _certificate(ours, theirs, args, kwargs)
-        differences += _certificate_differences(certificate)
+        # In eval mode torch's fused encoder kernel runs past PEFT's adapters; what there is to
+        # prove then is proved in train mode, and the divergence says the rest.
+        mode = model.training or any(d.name == FAST_PATH for d in known)
+        theirs.train(mode)
+        as_peft.train(mode)
+        table = _parameters(model, as_peft, peft_model)
+        differences = _table_differences(table, as_peft, theirs)
+        to_trace = _to_trace(model, config, plan, theirs).train(mode)
+        certificate = _certificate(as_peft, to_trace, args, kwargs)
         outputs: tuple[Deviation, ...] = ()
         gradients: tuple[Deviation, ...] = ()
-        if _runnable(model) if run is None else run:
-            outputs, gradients = _run_both(ours, theirs, args, kwargs)
+        ran = _runnable(model) if run is None else run
+        if ran:
+            try:
+                outputs, gradients = _run_both(as_peft, theirs, args, kwargs)
+            except PeftRunError as e:
+                differences.append(str(e))
             differences += _run_differences(outputs, gradients)
-            if not outputs:
-                differences.append("nothing was compared: the output holds no floating tensor")
+            known = _measured(known, traced, plan, (args, kwargs))
+        differences += _certificate_differences(certificate, proved=ran and bool(outputs))
     peft_trainable, peft_total = peft_model.get_nb_trainable_parameters()
     return Comparison(
-        equal=not differences,
+        equal=not differences and not any(d.when == "forward" for d in known),
         differences=tuple(differences),
         parameters=table,
         certificate=certificate,
@@ -212,8 +230,63 @@ def compare(
         tree_before=_tree(model, plan),
         tree_after=_tree(theirs, plan),
         peft_version=peft.__version__,
-        notes=info(traced).notes,
+        notes=(*info(traced).notes, *_unproved(certificate)),
+        divergences=known,
     )
+
+
+# ---- known divergences -------------------------------------------------------------------------
+
+
+def _quirks(known: tuple[Divergence, ...]) -> frozenset[str]:
+    return frozenset(d.name for d in known if d.when == "forward" and d.name != FAST_PATH)
+
+
+def _as_peft(
+    traced: GraphModule, plan: Plan, known: tuple[Divergence, ...], ours: GraphModule
+) -> GraphModule:
+    """Returns our graph, with PEFT's known mistakes built in where any bear on the plan."""
+    if not _quirks(known):
+        return ours
+    torch.manual_seed(SEED)
+    return rewrite_as_peft(traced, plan, _quirks(known))
+
+
+def _measured(
+    known: tuple[Divergence, ...], traced: GraphModule, plan: Plan, inputs: tuple[Any, Any]
+) -> tuple[Divergence, ...]:
+    """Returns the divergences with their sizes: each mistake alone, against none."""
+    if all(d.when != "forward" for d in known):
+        return known
+
+    def outputs(quirks: frozenset[str]) -> list[torch.Tensor] | None:
+        torch.manual_seed(SEED)
+        graph = rewrite_as_peft(traced, plan, quirks)
+        _perturb([dict(graph.named_parameters())], list(trained_values(graph, plan.adapter)))
+        try:
+            with _kept_buffers(graph):
+                return _run(graph, {}, *inputs)[0]
+        except RuntimeError:  # PEFT's mistake can leave shapes that do not add up
+            return None
+
+    right = outputs(frozenset())
+    made = []
+    for d in known:
+        wrong = outputs(frozenset((d.name,))) if d.when == "forward" else None
+        size = None if wrong is None or right is None else largest(right, wrong)
+        made.append(replace(d, size=size))
+    return tuple(made)
+
+
+def _to_trace(model: nn.Module, config: Any, plan: Plan, theirs: nn.Module) -> nn.Module:
+    """Returns PEFT's model to trace: one of its own where a forward swaps parameters.
+
+    lora.MultiheadAttention takes its parameters out and puts new ones in at every call; after a
+    trace these are fakes.
+    """
+    if all(p.kind != "MultiheadAttention" for p in plan.adapted):
+        return theirs
+    return peft_side.wrapped(peft_side.wrap(model, config, SEED))
 
 
 # ---- parameters --------------------------------------------------------------------------------
@@ -265,9 +338,14 @@ def _table_differences(
                     f"parameter {row.name}: {tuple(a.shape)} {a.dtype}, "
                     f"PEFT {tuple(b.shape)} {b.dtype}"
                 )
-            elif a.device.type != "meta" and not torch.equal(a, b):
+            elif _has_values(a) and not torch.equal(a, b):
                 out.append(f"parameter {row.name}: drawn differently under the same seed")
     return out
+
+
+def _has_values(p: torch.Tensor) -> bool:
+    # A packed weight (torchao's) has no equality of its own; it is shared, never copied.
+    return p.device.type != "meta" and type(p.data) is torch.Tensor
 
 
 # ---- the certificate ---------------------------------------------------------------------------
@@ -276,12 +354,14 @@ def _table_differences(
 def _certificate(
     ours: GraphModule, theirs: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Certificate:
-    mine = canonical(ours)
     try:
         traced = trace(theirs, args, kwargs)
-    except TraceError as e:
-        return Certificate(mine.digest, "", False, len(mine.nodes), problem=str(e))
-    return certify(mine, canonical(traced, peft_side.common_name))
+    except Exception as e:  # noqa: BLE001 - of PEFT's own forward, which may raise anything
+        mine = canonical(ours)
+        problem = str(e) if isinstance(e, TraceError) else f"{type(e).__name__}: {e}"
+        return Certificate(mine.digest, "", False, len(mine.nodes), problem=problem)
+    mode = info(traced).mode
+    return certify(canonical(ours, mode=mode), canonical(traced, peft_side.common_name, mode))
 
 
 def certify(mine: Canonical, other: Canonical) -> Certificate:
@@ -296,8 +376,14 @@ def certify(mine: Canonical, other: Canonical) -> Certificate:
     )
 
 
-def _certificate_differences(certificate: Certificate) -> list[str]:
-    if certificate.equal:
+def _unproved(certificate: Certificate) -> list[str]:
+    problem = certificate.problem
+    return [f"no certificate: PEFT's model could not be traced. {problem}"] if problem else []
+
+
+def _certificate_differences(certificate: Certificate, proved: bool) -> list[str]:
+    """Returns how the certificate fails; none where there is none and a run stands in for it."""
+    if certificate.equal or (certificate.problem and proved):
         return []
     if certificate.problem:
         return [f"no certificate: PEFT's wrapped model could not be traced. {certificate.problem}"]
@@ -319,26 +405,47 @@ def _run_both(
 ) -> tuple[tuple[Deviation, ...], tuple[Deviation, ...]]:
     mine = dict(ours.named_parameters())
     other = {peft_side.common_name(n): p for n, p in theirs.named_parameters()}
-    torch.manual_seed(SEED)
-    for name, p in mine.items():
-        if ".lora_B." in name and name in other:
-            values = torch.randn(p.shape, dtype=torch.float32).to(p) * 0.05
-            p.data.copy_(values)
-            other[name].data.copy_(values)
+    drawn = trained_values(ours, info(ours).plan.adapter)
+    _perturb([mine, other], [n for n in drawn if n in other])
     with _kept_buffers(ours, theirs):
-        a, grads_a = _run(ours, mine, args, kwargs)
+        try:
+            a, grads_a = _run(ours, mine, args, kwargs)
+        except RuntimeError as e:
+            # Only where PEFT's own mistake is built in: shapes that do not add up (a dilation lost).
+            raise PeftRunError(f"what PEFT computes cannot run: {e}") from e
     with _kept_buffers(ours, theirs):
-        b, grads_b = _run(theirs, other, args, kwargs)
+        try:
+            b, grads_b = _run(theirs, other, args, kwargs)
+        except Exception as e:
+            raise PeftRunError(f"PEFT's model fails when it runs: {type(e).__name__}: {e}") from e
+    if not a:
+        raise PeftRunError("nothing was compared: the output holds no floating tensor")
     outputs = [_deviation(f"output {i}", x, y) for i, (x, y) in enumerate(zip(a, b, strict=True))]
     names = [n for n in mine if n in grads_a or n in grads_b]
     gradients = [_deviation(n, grads_a.get(n), grads_b.get(n)) for n in names]
     return tuple(outputs), tuple(gradients)
 
 
+def _perturb(sides: list[dict[str, nn.Parameter]], names: list[str]) -> None:
+    """Adds the same numbers to an adapter's parameters on every side, so that none is zero."""
+    torch.manual_seed(SEED)
+    for name in names:
+        values = torch.randn(sides[0][name].shape, dtype=torch.float32) * 0.05
+        for side in sides:
+            p = side[name]
+            p.data.copy_(p.data + values.to(p))
+
+
 @contextlib.contextmanager
 def _kept_buffers(*models: nn.Module) -> Iterator[None]:
     """Puts back what a run counts in place: both sides share the model's own buffers."""
-    kept = [(b, b.clone()) for m in models for b in m.buffers()]
+    limited = [  # a lookup with max_norm rescales the weight in place
+        e.weight.data
+        for m in models
+        for e in m.modules()
+        if isinstance(e, nn.Embedding) and e.max_norm is not None
+    ]
+    kept = [(b, b.clone()) for b in [*limited, *(b for m in models for b in m.buffers())]]
     try:
         yield
     finally:

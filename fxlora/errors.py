@@ -22,12 +22,24 @@ class ConfigError(FxloraError, ValueError):
     """A `LoraConfig` value that cannot be honoured; raised before anything is changed."""
 
 
+class ConfigTypeError(ConfigError, TypeError):
+    """A `LoraConfig` value of the wrong type; a TypeError, as it is in PEFT."""
+
+
 class NoMatchError(ConfigError):
     """A configuration that adapts nothing (PEFT raises NoMatchingPeftModuleError)."""
 
 
-class UnsupportedError(ConfigError):
+class UnsupportedError(ConfigError, NotImplementedError):
     """A field or a layer fxlora does not rewrite; refused by name, never ignored."""
+
+
+class AdapterError(FxloraError, ValueError):
+    """An adapter that is not there, or cannot be put beside, merged or combined with another."""
+
+
+class CheckpointError(FxloraError, ValueError):
+    """An adapter directory that does not fit the graph; nothing was loaded from it."""
 
 
 class ModelSpecError(FxloraError, ValueError):

@@ -70,7 +70,10 @@ class TraceInfo:
         notes: facts a reader should know (a fallback taken, an effect left out).
         replayed: how many module calls were copied from an equal block instead of being run.
         model: the traced model, for what only the live object knows (its config, its heads).
-        plan: the `fxlora.Plan` a rewritten graph was made by; None for a traced graph.
+        base: the traced graph a rewritten one was made from; None for a traced graph.
+        adapters: adapter name -> its `fxlora.Plan`, in the order they were added.
+        active: the names of the adapters the graph computes, in their order; empty when disabled.
+        residuals: adapter name -> base weights it replaced when it was drawn (PiSSA and its like).
     """
 
     model_class: str
@@ -82,7 +85,16 @@ class TraceInfo:
     notes: tuple[str, ...] = ()
     replayed: int = 0
     model: Any = None
-    plan: Any = None
+    base: Any = None
+    adapters: dict[str, Any] = field(default_factory=dict)
+    active: tuple[str, ...] = ()
+    residuals: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+
+    @property
+    def plan(self) -> Any:
+        """The plan of the first active adapter, else of the first; None for a traced graph."""
+        names = [*self.active, *self.adapters]
+        return self.adapters[names[0]] if names else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TraceInfo:
         # The model is a reference to what was traced, never a second copy of its weights.

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Set as AbstractSet
 
 
-def bias_trains(name: str, bias: str, adapted: AbstractSet[str]) -> bool:
+def bias_trains(
+    name: str, bias: str, adapted: AbstractSet[str], whole: tuple[str, ...] = ()
+) -> bool:
     """Whether PEFT leaves the base parameter `name` trainable.
 
     Args:
@@ -13,12 +15,15 @@ def bias_trains(name: str, bias: str, adapted: AbstractSet[str]) -> bool:
         bias: LoraConfig.bias; "all" is every name ending in `.bias` (an `in_proj_bias` does not),
             "lora_only" the biases of adapted layers.
         adapted: the names of the adapted modules.
+        whole: prefixes of the modules of which a copy trains as a whole: the original is frozen.
 
     Source: peft.tuners.tuners_utils.BaseTuner._mark_only_adapters_as_trainable.
 
     >>> bias_trains("fc.bias", "all", set()), bias_trains("fc.bias", "lora_only", {"out"})
     (True, False)
     """
+    if name.startswith(whole):
+        return False
     if bias == "all":
         return name == "bias" or name.endswith(".bias")
     if bias.endswith("_only"):

@@ -141,6 +141,34 @@ def _spread(node: Node, flags: dict[Node, bool]) -> None:
             flags[base] = True
 
 
+def gradient_sources(graph_module: GraphModule) -> dict[Node, list[Node]]:
+    """Returns, for every node, the nodes a gradient that arrives at it goes on to.
+
+    Those are the tensors it computes with, and for a tensor that was written to in place before it
+    was read, the call that wrote. Whether a source takes the gradient is its own flag's affair.
+
+    Args:
+        graph_module: a traced or rewritten graph; not run and not changed.
+    """
+    sources: dict[Node, list[Node]] = {}
+    writers: dict[Node, list[Node]] = {}
+    for node in graph_module.graph.nodes:
+        found = []
+        for source in _sources(node, target_name(node)):
+            found.append(source)
+            found += [w for w in writers.get(_base_of(source), ()) if w is not source]
+        sources[node] = found
+        for changed in node.meta.get("mutates", ()):
+            writers.setdefault(_base_of(changed), []).append(node)
+    return sources
+
+
+def _base_of(node: Node) -> Node:
+    while target_name(node) in _VIEWS and node.args and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node
+
+
 def attribute(root: nn.Module, path: str) -> Any:
     """Returns the parameter, buffer or constant a `get_attr` node reads."""
     owner, _, name = path.rpartition(".")

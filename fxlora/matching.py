@@ -93,7 +93,8 @@ def _by_regex(pattern: str, key: str) -> Match:
 def _by_layer(config: Any, key: str, suffix: str) -> Match:
     taken = Match(True, "suffix", f"target_modules has {suffix!r}, a suffix of its name")
     wanted = config.layers_to_transform
-    if wanted is None or (isinstance(wanted, (list, tuple)) and not wanted):
+    # PEFT takes an empty list for none, and no other empty value.
+    if wanted is None or wanted == []:
         return taken
     index = _layer_index(config.layers_pattern, key)
     if index is None:

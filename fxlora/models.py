@@ -94,6 +94,8 @@ _AUTO = (
     "AutoModelForSpeechSeq2Seq",
     "AutoModelForMaskedLM",
     "AutoModelForImageClassification",
+    "AutoModelForCTC",
+    "AutoModelForAudioClassification",
     "AutoModel",
 )
 
@@ -102,14 +104,25 @@ def _from_config(config: Any, architectures: Any) -> nn.Module:
     transformers = _transformers()
     chosen = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
     cls = getattr(transformers, chosen, None) if chosen else None
+    first: ModelSpecError | None = None
     with torch.device("meta"):
         if cls is not None:
             return _built(lambda: cls(config), chosen, config)
-        for name in _AUTO:
+        for name in _tasks(config):
             auto = getattr(transformers, name, None)
             if auto is not None and type(config) in auto._model_mapping:
-                return _built(lambda auto=auto: auto.from_config(config), name, config)
-    raise ModelSpecError(f"no transformers model takes a {type(config).__name__}")
+                try:
+                    return _built(lambda auto=auto: auto.from_config(config), name, config)
+                except ModelSpecError as e:  # a speech head without an alphabet, say
+                    first = first or e
+    raise first or ModelSpecError(f"no transformers model takes a {type(config).__name__}")
+
+
+def _tasks(config: Any) -> list[str]:
+    """Returns the auto classes to try: of an encoder-decoder, the decoder alone comes last."""
+    if not getattr(config, "is_encoder_decoder", False):
+        return list(_AUTO)
+    return sorted(_AUTO, key=lambda name: name == "AutoModelForCausalLM")
 
 
 def _built(make: Any, name: str, config: Any) -> nn.Module:

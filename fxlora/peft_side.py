@@ -25,6 +25,7 @@ def common_name(name: str) -> str:
     >>> common_name("mlp.experts.base_layer.lora_A.default.weight")
     'mlp.experts.base_layer.lora_A.default.weight'
     """
+    name = name.replace(".original_module.", ".").replace(".token_adapter.base_layer.", ".")
     return re.sub(r"^base_layer\.(?!lora_)", "", _CHAIN.sub(".", name))
 
 
@@ -58,7 +59,9 @@ def wrap(model: nn.Module, config: Any, seed: int) -> Any:
     """
     from peft import get_peft_model
 
-    copied = twin(model)
+    # OLoRA subtracts from the base weight in place, so it gets weights of its own to do that in.
+    in_place = str(config.init_lora_weights).lower() == "olora"
+    copied = copy.deepcopy(model) if in_place else twin(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import keyword
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 from torch.fx import GraphModule
 
-from fxlora import matching
+from fxlora import advice, extras, layers, matching
 from fxlora.config import resolved_copy
-from fxlora.errors import ConfigError, NoMatchError, UnsupportedError, did_you_mean
+from fxlora.errors import (
+    AdapterError,
+    ConfigError,
+    NoMatchError,
+    UnsupportedError,
+    did_you_mean,
+)
+from fxlora.extras import SavedModule, TokenRows
 from fxlora.facts import info
+from fxlora.freezing import bias_trains
+from fxlora.layers import AdapterShape
 from fxlora.sites import Site, kind_of, sites
-from fxlora.text import count, table
+from fxlora.targets import AllLinear, model_type, resolve_targets
+from fxlora.text import table
 
 ADAPTER = "default"
-REWRITTEN = ("Linear", "Conv1D", "Parameter")
-SEQ_CLS_HEADS = ("score", "classifier")  # peft.utils.constants.SEQ_CLS_HEAD_NAMES
 
 
 @dataclass(frozen=True)
@@ -36,6 +45,9 @@ class PlannedSite:
         scaling: the factor on B(A(x)).
         experts: the number of maps a 3-D parameter holds; 1 for everything else.
         prefix: where the adapter hangs, below the model.
+        scope: the module during whose calls an adapter added to the weight is in effect.
+        adapter: the parameters the adapter has; None when there is none.
+        casts_branch: whether the branch is cast to the base's dtype before the sum.
     """
 
     site: Site
@@ -47,6 +59,9 @@ class PlannedSite:
     scaling: float = 0.0
     experts: int = 1
     prefix: str = ""
+    scope: str = ""
+    adapter: AdapterShape | None = None
+    casts_branch: bool = False
 
     @property
     def name(self) -> str:
@@ -79,10 +94,22 @@ class PlannedSite:
         return sum(not c.through_module for c in self.site.calls)
 
     @property
-    def adapter_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+    def variant(self) -> str:
+        """The variant of LoRA: "" for plain, "dora", "mica", "kasa", "bdlora..."."""
+        return self.adapter.variant if self.adapter is not None else ""
+
+    @property
+    def form(self) -> str:
+        """How the adapter is added: "branch", "rows" or "delta"."""
+        return self.adapter.form if self.adapter is not None else ""
+
+    @property
+    def adapter_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The shapes of lora_A (r, in) and lora_B (out, r)."""
-        inner = self.r * self.experts
-        return (inner, self.site.in_features), (self.site.out_features, inner)
+        if self.adapter is None:
+            return (), ()
+        (_, a), (_, b), *_ = self.adapter.parameters
+        return a, b
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the site as plain data."""
@@ -99,6 +126,7 @@ class PlannedSite:
             "r": self.r,
             "lora_alpha": self.lora_alpha,
             "scaling": self.scaling,
+            "variant": self.variant,
         }
 
 
@@ -115,6 +143,10 @@ class Plan:
         total: all parameters after the rewrite, tied ones once.
         warnings: what a reader should know (targets that matched nothing, ...).
         model_class: the class of the traced model.
+        targets: target_modules as the user wrote them.
+        adapter: the adapter's name.
+        saved: modules trained as a whole (modules_to_save).
+        tokens: rows of embeddings that train (trainable_token_indices).
     """
 
     sites: tuple[PlannedSite, ...]
@@ -124,6 +156,9 @@ class Plan:
     warnings: tuple[str, ...] = ()
     model_class: str = ""
     targets: tuple[str, ...] = field(default=())
+    adapter: str = ADAPTER
+    saved: tuple[SavedModule, ...] = ()
+    tokens: tuple[TokenRows, ...] = ()
 
     def __iter__(self) -> Iterator[PlannedSite]:
         return iter(self.sites)
@@ -158,6 +193,8 @@ class Plan:
             "percent": self.percent,
             "adapted": len(self.adapted),
             "warnings": list(self.warnings),
+            "modules_to_save": [s.name for s in self.saved],
+            "trainable_tokens": {t.name: list(t.indices) for t in self.tokens},
             "sites": [s.to_dict() for s in self.sites],
         }
 
@@ -167,12 +204,14 @@ class Plan:
         return plan_text(self)
 
 
-def plan(traced: GraphModule, config: Any) -> Plan:
+def plan(traced: GraphModule, config: Any, adapter: str = ADAPTER) -> Plan:
     """Decides, for every site of a traced model, what a LoraConfig does to it.
 
     Args:
-        traced: what `fxlora.trace` returned; read, never changed.
+        traced: what `fxlora.trace` returned, or a rewritten graph that shall get another adapter;
+            read, never changed.
         config: a `peft.LoraConfig`; read, never changed.
+        adapter: the name of the adapter.
 
     Returns:
         The plan: a verdict and a reason for every site.
@@ -181,6 +220,7 @@ def plan(traced: GraphModule, config: Any) -> Plan:
         NoMatchError: when nothing would be adapted, with the candidates.
         UnsupportedError: names the field or the layer that is not supported.
         ConfigError: names the bad value.
+        AdapterError: when the graph has an adapter of that name.
 
     >>> import torch, fxlora
     >>> from peft import LoraConfig
@@ -190,32 +230,65 @@ def plan(traced: GraphModule, config: Any) -> Plan:
     [('0', 'adapted'), ('1', 'skipped')]
     """
     facts = info(traced)
-    if facts.plan is not None:
-        raise ConfigError(
-            "this graph is already rewritten; a second adapter on it is not supported yet. Plan "
-            "from the traced graph: fxlora.plan(fxlora.trace(model, args, kwargs), config)"
+    if adapter in facts.adapters:
+        raise AdapterError(
+            f"this graph has an adapter {adapter!r} already; give the new one another name with "
+            f"fxlora.adapters.add(graph, config, name), or plan from the traced graph"
         )
+    _check_name(adapter)
+    base = facts.base if facts.base is not None else traced
     settings = resolved_copy(config)
+    extras.shield(settings)
     asked = _asked(settings)
-    linear = _resolve_targets(settings, facts.model)
-    planned = [_planned(s, settings, linear) for s in _all_sites(traced, settings)]
-    _check_other_layers(settings, facts.module_types)
+    linear = resolve_targets(settings, facts.model)
+    planned = [_planned(s, settings, linear, base) for s in _all_sites(base, settings)]
+    layers.check_parameters(
+        [p.name for p in planned if p.adapted and p.kind == "Parameter"],
+        settings,
+        corrected_fan_in_fan_out(planned, settings),
+    )
+    planned = _with_projections(planned)
     planned = _nest_parameters(planned)
+    _check_other_layers(settings, facts.module_types)
+    names = [p.name for p in planned if p.adapted and p.kind != "Parameter"]
+    saved = extras.saved_modules(settings, facts.model, names)
+    tokens = extras.token_rows(settings, facts.model, names, saved)
     if not any(p.adapted for p in planned):
-        raise NoMatchError(_no_match(settings, asked, planned))
-    trainable, total = _count(traced, planned, settings)
+        raise NoMatchError(advice.no_match(settings, asked, planned))
+    trainable, total = _count(base, planned, settings, saved, tokens)
+    warned = advice.warnings_of(asked, settings, planned, saved, model_type(facts.model))
     return Plan(
         sites=tuple(planned),
         config=settings,
         trainable=trainable,
         total=total,
-        warnings=tuple(_warnings(asked, settings, planned, _model_type(facts.model))),
+        warnings=tuple(warned),
         model_class=facts.model_class,
         targets=asked,
+        adapter=adapter,
+        saved=saved,
+        tokens=tokens,
     )
 
 
-# ---- targets -----------------------------------------------------------------------------------
+def corrected_fan_in_fan_out(planned: Iterable[PlannedSite], config: Any) -> bool:
+    """Returns the field as PEFT leaves it: each Linear and Conv1D it wraps corrects it.
+
+    Source: `dispatch_default`, peft/tuners/lora/layer.py. So the last layer's class is what counts,
+    for the parameters, which come after the layers, and for what is saved.
+    """
+    lines = [p.kind for p in planned if p.adapted and p.kind in ("Linear", "Conv1D")]
+    return lines[-1] == "Conv1D" if lines else bool(config.fan_in_fan_out)
+
+
+def _check_name(adapter: Any) -> None:
+    taken = {*dir(nn.ModuleDict), *dir(nn.ParameterDict)}
+    odd = not isinstance(adapter, str) or not adapter or len(adapter) > 100
+    if odd or set(adapter) & set("./\\") or keyword.iskeyword(adapter) or adapter in taken:
+        raise AdapterError(
+            f"adapter={adapter!r}: a name such as 'default', without dots and slashes (it names a "
+            "folder and an attribute), no Python keyword and no method of a module"
+        )
 
 
 def _asked(config: Any) -> tuple[str, ...]:
@@ -223,74 +296,6 @@ def _asked(config: Any) -> tuple[str, ...]:
     if targets is None or isinstance(targets, str):
         return ()
     return tuple(sorted(targets))
-
-
-@dataclass(frozen=True)
-class _AllLinear:
-    """What "all-linear" came to: the layer it leaves out, as the model's output layer."""
-
-    head: str | None
-
-
-def _resolve_targets(config: Any, model: nn.Module) -> _AllLinear | None:
-    """Fills in `target_modules` where it is None or "all-linear"; says so when it was the latter."""
-    _moe_names(config, model)
-    if config.target_modules is None and not config.target_parameters:
-        config.target_modules = _by_model_type(model)
-    targets = config.target_modules
-    if not isinstance(targets, str) or targets.lower() != "all-linear":
-        return None
-    # peft.tuners.tuners_utils._maybe_include_all_linear_layers
-    names = {n for n, m in model.named_modules() if kind_of(type(m)) in ("Linear", "Conv1D")}
-    head = _output_layer(config, model)
-    config.target_modules = names - {head}
-    return _AllLinear(head)
-
-
-def _moe_names(config: Any, model: nn.Module) -> None:
-    """Renames v4 MoE targets as PEFT does on transformers 5, with PEFT's own table."""
-    if not hasattr(getattr(model, "config", None), "model_type"):
-        return
-    from peft.utils import transformers_weight_conversion as conversion
-
-    convert = getattr(conversion, "convert_peft_config_for_transformers", None)
-    if convert is None:
-        return
-    try:
-        convert(config, model=model, conversions=None)
-    except ValueError as e:
-        raise ConfigError(f"{e} (target_modules={config.target_modules!r})") from None
-
-
-def _model_type(model: nn.Module) -> str | None:
-    return getattr(getattr(model, "config", None), "model_type", None)
-
-
-def _by_model_type(model: nn.Module) -> set[str] | str:
-    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
-
-    model_type = _model_type(model)
-    found = KNOWN.get(model_type)
-    if found is None:
-        what = f"model type {model_type!r}" if model_type else f"a {type(model).__name__}"
-        raise ConfigError(
-            f"target_modules is not set and PEFT has no default for {what}. "
-            'Name the modules, or say target_modules="all-linear"'
-        )
-    return found if isinstance(found, str) else set(found)
-
-
-def _output_layer(config: Any, model: nn.Module) -> str | None:
-    from fxlora.trace.examples import is_transformers
-
-    if not is_transformers(model):
-        return None
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    if head is None and str(getattr(config.task_type, "value", config.task_type)) == "SEQ_CLS":
-        head = next((h for n in SEQ_CLS_HEADS if (h := getattr(model, n, None))), None)
-    if head is None:
-        return None
-    return next((n for n, m in model.named_modules() if m is head), None)
 
 
 # ---- verdicts ----------------------------------------------------------------------------------
@@ -303,7 +308,8 @@ def _all_sites(traced: GraphModule, config: Any) -> list[Site]:
         return found
     known = {s.weight_name for s in found if s.kind == "Parameter"}
     owners = {s.name: s for s in found if s.kind != "Parameter"}
-    for name, p in traced.named_parameters():
+    own = dict(_own_parameters(traced))
+    for name, p in own.items():
         if name in known or matching.parameter_match(config.target_parameters, name) is None:
             continue
         if p.dim() not in (2, 3):
@@ -316,10 +322,17 @@ def _all_sites(traced: GraphModule, config: Any) -> list[Site]:
         shape = tuple(p.shape)
         calls = owner.calls if owner is not None else ()
         found.append(Site(name, "Parameter", "Parameter", shape[1], shape[0], shape, False, calls))
-    order = {name: i for i, (name, _) in enumerate(traced.named_parameters())}
+    order = {name: i for i, name in enumerate(own)}
     modules = [s for s in found if s.kind != "Parameter"]
     bare = [_as_peft_sees(s, traced) for s in found if s.kind == "Parameter"]
     return modules + sorted(bare, key=lambda s: order[s.name])
+
+
+def _own_parameters(root: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yields the parameters PEFT walks: of every module by its first name, tied ones each time."""
+    for name, module in root.named_modules():
+        for last, p in module.named_parameters(recurse=False):
+            yield (f"{name}.{last}" if name else last), p
 
 
 def _check_owner(name: str, owner: Site | None, config: Any) -> None:
@@ -344,18 +357,16 @@ def _as_peft_sees(site: Site, traced: GraphModule) -> Site:
     A 3-D parameter is (experts, out, in), or (experts, in, out) where the module that owns it
     says `is_transposed`.
     """
-    from dataclasses import replace
-
     if len(site.shape) == 2:
         return replace(site, in_features=site.shape[1], out_features=site.shape[0])
     _, a, b = site.shape
     owner = info(traced).model.get_submodule(site.name.rpartition(".")[0])
     if getattr(owner, "is_transposed", False):
-        return replace(site, in_features=a, out_features=b)
+        return replace(site, in_features=a, out_features=b, transposed=True)
     return replace(site, in_features=b, out_features=a)
 
 
-def _planned(site: Site, config: Any, linear: _AllLinear | None) -> PlannedSite:
+def _planned(site: Site, config: Any, linear: AllLinear | None, base: GraphModule) -> PlannedSite:
     if site.kind == "Parameter":
         return _planned_parameter(site, config)
     if not site.name:
@@ -371,13 +382,11 @@ def _planned(site: Site, config: Any, linear: _AllLinear | None) -> PlannedSite:
                 reason = "all-linear leaves the output layer out"
         verdict = "excluded" if found.rule in ("excluded", "modules_to_save") else "skipped"
         return PlannedSite(site, verdict, found.rule, reason)
-    if site.kind not in REWRITTEN:
-        raise UnsupportedError(
-            f"{site.name!r} is targeted ({found.reason}) and is a {site.type_name}; fxlora adapts "
-            f"{', '.join(REWRITTEN)} so far. Leave it out with exclude_modules=[{site.name!r}]"
-        )
     reason = "all-linear takes it" if linear is not None else found.reason
-    return _adapted(site, found.rule, reason, config, 1, site.name)
+    module = info(base).model.get_submodule(site.name)
+    layers.check_quantized(site, module, config)
+    made = _adapted(site, found.rule, reason, config, module)
+    return replace(made, casts_branch=layers.casts_branch(module, info(base).model))
 
 
 def _planned_parameter(site: Site, config: Any) -> PlannedSite:
@@ -386,27 +395,15 @@ def _planned_parameter(site: Site, config: Any) -> PlannedSite:
         return PlannedSite(
             site, "skipped", "none", "a bare parameter, and target_parameters does not name it"
         )
-    owner = site.name.rpartition(".")[0]
-    if not owner:
+    if not site.name.rpartition(".")[0]:
         raise ConfigError(
             f"target_parameters selects {site.name!r}, a parameter of the model itself; PEFT "
             "cannot wrap that. Put it in a submodule"
         )
-    for name in ("lora_dropout", "fan_in_fan_out", "lora_bias"):
-        if getattr(config, name):
-            raise ConfigError(
-                f"{name}={getattr(config, name)!r} does not go with target_parameters "
-                f"(here {site.name!r}): the adapter is added to the weight, there is no input to "
-                "act on"
-            )
-    reason = f"target_parameters has {entry!r}"
-    experts = site.shape[0] if len(site.shape) == 3 else 1
-    return _adapted(site, "parameter", reason, config, experts, owner)
+    return _adapted(site, "parameter", f"target_parameters has {entry!r}", config, None)
 
 
-def _adapted(
-    site: Site, rule: str, reason: str, config: Any, experts: int, prefix: str
-) -> PlannedSite:
+def _adapted(site: Site, rule: str, reason: str, config: Any, module: Any) -> PlannedSite:
     r, r_key = matching.pattern_value(config.rank_pattern, site.name, config.r)
     alpha, alpha_key = matching.pattern_value(config.alpha_pattern, site.name, config.lora_alpha)
     if r_key is not None:
@@ -414,7 +411,48 @@ def _adapted(
     if alpha_key is not None:
         reason += f"; alpha_pattern[{alpha_key!r}] gives lora_alpha={alpha}"
     scaling = alpha / math.sqrt(r) if config.use_rslora else alpha / r
-    return PlannedSite(site, "adapted", rule, reason, r, alpha, scaling, experts, prefix)
+    bare = site.kind == "Parameter"
+    experts = site.shape[0] if bare and len(site.shape) == 3 else 1
+    prefix = site.name.rpartition(".")[0] if bare else site.name
+    adapter = layers.adapter_shape(site, module, config, r, experts)
+    return PlannedSite(
+        site, "adapted", rule, reason, r, alpha, scaling, experts, prefix, prefix, adapter
+    )
+
+
+def _with_projections(planned: list[PlannedSite]) -> list[PlannedSite]:
+    """Adapts the out_proj of every adapted nn.MultiheadAttention with it, as PEFT does.
+
+    Its own forward is never called: attention reads its weight, so the adapter is added to that.
+    """
+    attention = {p.name: p for p in planned if p.adapted and p.kind == "MultiheadAttention"}
+    out = []
+    for p in planned:
+        outer = attention.get(p.name.rpartition(".")[0])
+        if outer is None or p.name != f"{outer.name}.out_proj":
+            out.append(p)
+            continue
+        if p.adapted:
+            raise UnsupportedError(
+                f"{outer.name!r} and its {p.name!r} are both targeted by target_modules; the adapter "
+                f"covers both projections. Leave one out with exclude_modules=[{p.name!r}]"
+            )
+        assert outer.adapter is not None
+        (r, _), _ = outer.adapter_shapes
+        shape = AdapterShape(
+            "delta", "",
+            (("lora_A.{}.weight", (r, p.site.in_features)),
+             ("lora_B.{}.weight", (p.site.out_features, r)),
+             *((n, (p.site.out_features,)) for n, _ in outer.adapter.parameters[2:])),
+        )  # fmt: skip
+        reason = f"the output projection of {outer.name!r}, which is targeted"
+        out.append(
+            replace(
+                outer, site=p.site, rule="attention", reason=reason, prefix=p.name,
+                scope=outer.name, adapter=shape,
+            )
+        )  # fmt: skip
+    return out
 
 
 def _check_other_layers(config: Any, types: dict[str, type]) -> None:
@@ -437,8 +475,6 @@ def _nest_parameters(planned: list[PlannedSite]) -> list[PlannedSite]:
 
     PEFT wraps once per parameter: the first registered one is innermost, below `base_layer`.
     """
-    from dataclasses import replace
-
     per_owner: dict[str, list[int]] = {}
     for i, p in enumerate(planned):
         if p.adapted and p.kind == "Parameter":
@@ -450,114 +486,27 @@ def _nest_parameters(planned: list[PlannedSite]) -> list[PlannedSite]:
     return out
 
 
-# ---- totals, warnings, errors ------------------------------------------------------------------
-
-
-def _count(traced: GraphModule, planned: list[PlannedSite], config: Any) -> tuple[int, int]:
-    from fxlora.freezing import bias_trains
-
-    adapters = 0
-    for p in planned:
-        if p.adapted:
-            (r, n), (m, _) = p.adapter_shapes
-            adapters += r * n + m * r + (m if config.lora_bias else 0)
-    adapted = {p.name for p in planned if p.adapted}
+def _count(
+    traced: GraphModule,
+    planned: list[PlannedSite],
+    config: Any,
+    saved: tuple[SavedModule, ...],
+    tokens: tuple[TokenRows, ...],
+) -> tuple[int, int]:
+    shapes = [p.adapter for p in planned if p.adapter is not None]
+    copied = sum(s.numel for s in saved) + sum(t.numel for t in tokens)
+    added = sum(s.numel for s in shapes) + copied
+    trains = sum(s.trainable for s in shapes) + copied
     base = list(traced.named_parameters())
-    biases = sum(p.numel() for n, p in base if bias_trains(n, config.bias, adapted))
-    return adapters + biases, adapters + sum(p.numel() for _, p in base)
+    whole = tuple(f"{s.name}." for s in saved)
+    adapted = adapted_modules(planned)
+    biases = [p.numel() for n, p in base if bias_trains(n, config.bias, adapted, whole)]
+    return trains + sum(biases), added + sum(p.numel() for _, p in base)
 
 
-_MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
-_NOT_ON_MAMBA = ("out_proj", "conv1d")
-
-
-def _warnings(
-    asked: tuple[str, ...], config: Any, planned: list[PlannedSite], model_type: str | None
-) -> Iterator[str]:
-    names = [p.name for p in planned if p.kind != "Parameter"]
-    last = sorted({n.rpartition(".")[2] for n in names})
-    for target in asked:
-        hit = any(n == target or n.endswith(f".{target}") for n in names)
-        renamed = config.target_modules is not None and target not in config.target_modules
-        if not hit and not renamed:
-            yield f"target_modules entry {target!r} matches nothing.{did_you_mean(target, last)}"
-    for which in ("rank_pattern", "alpha_pattern"):
-        for key in getattr(config, which):
-            hit = any(matching.pattern_value({key: 1}, p.name, 0)[0] for p in planned if p.adapted)
-            if not hit:
-                yield f"{which} key {key!r} matches no adapted site"
-    yield from _odd_layers(planned)
-    # peft.tuners.tuners_utils._check_lora_target_modules_mamba
-    refused = [p.name for p in planned if p.adapted and p.name.rpartition(".")[2] in _NOT_ON_MAMBA]
-    if model_type in _MAMBA and refused:
-        yield (
-            f"peft refuses {refused[0].rpartition('.')[2]!r} on {model_type} models (its kernels "
-            f"read the weight directly): leave out {', '.join(map(repr, _NOT_ON_MAMBA))}"
-        )
-    uncalled = [p.name for p in planned if p.adapted and not p.site.calls]
-    if uncalled:
-        yield f"{count(len(uncalled), 'adapted site')} never called on the traced path: " + (
-            ", ".join(uncalled[:3]) + (", ..." if len(uncalled) > 3 else "")
-        )
-    bypassed = [p.name for p in planned if p.adapted and p.bypassed]
-    if bypassed:
-        yield f"{count(len(bypassed), 'adapted site')} read without going through the module: " + (
-            ", ".join(bypassed[:3]) + (", ..." if len(bypassed) > 3 else "")
-        )
-
-
-def _odd_layers(planned: list[PlannedSite]) -> Iterator[str]:
-    """Finds adapted layers whose forward is not the linear map of their weight.
-
-    A subclass of nn.Linear may return a tuple or another shape; PEFT's wrapper fails there when it
-    runs, and so would ours.
-    """
-    for p in planned:
-        if not p.adapted or p.kind == "Parameter":
-            continue
-        for call in p.site.calls:
-            x = next(iter(call.node.all_input_nodes), None)
-            given = None if x is None else x.meta.get("shape")
-            if call.node.op != "call_module" or given is None:
-                continue
-            expected = (*given[:-1], p.site.out_features)
-            got = call.node.meta.get("shape")
-            if got != expected:
-                what = "a tuple" if got is None else f"shape {got}"
-                yield (
-                    f"{p.name} is a {p.site.type_name} that returns {what} where a linear layer "
-                    f"gives {expected}: the adapted model fails when it runs, in PEFT too. "
-                    f"Leave it out with exclude_modules=[{p.name!r}]"
-                )
-                break
-
-
-def _no_match(config: Any, asked: tuple[str, ...], planned: list[PlannedSite]) -> str:
-    names = [p.name for p in planned]
-    shown = config.target_modules if isinstance(config.target_modules, str) else asked
-    last = list(dict.fromkeys(n.rpartition(".")[2] for n in names))
-    listed = str(last[:12])[:-1] + (", ...]" if len(last) > 12 else "]")
-    if not names:
-        return "the model has no linear site at all, so there is nothing to adapt"
-    if names == [""]:
-        return (
-            f"target_modules={shown!r} selected nothing: the model itself is the linear layer, and "
-            "PEFT never adapts the root. Wrap it and name it: nn.Sequential(OrderedDict(linear=...))"
-        )
-    excluded = [p.name for p in planned if p.verdict == "excluded"]
-    if excluded and len(excluded) == len(names):
-        return f"all {len(names)} linear sites are excluded: {planned[0].reason}"
-    near = ""
-    if not isinstance(shown, str) and shown:
-        near = did_you_mean(shown[0], [*last, *names])
-    elif isinstance(shown, str) and shown in last:
-        near = f" A string is one pattern for the whole name; write [{shown!r}] for a suffix."
-    limited = [p.reason for p in planned if p.rule == "layer"]
-    why = f" {limited[0]}." if limited else ""
-    return (
-        f"target_modules={shown!r} selected none of the {len(names)} linear sites {listed}."
-        f"{why}{near}"
-    )
+def adapted_modules(planned: Iterable[PlannedSite]) -> set[str]:
+    """Returns the names of the modules PEFT wraps, for which `bias="lora_only"` holds."""
+    return {p.scope if p.rule == "parameter" else p.name for p in planned if p.adapted}
 
 
 def describe(planned: PlannedSite) -> str:

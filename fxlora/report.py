@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fxlora.text import count, human, table
 
 if TYPE_CHECKING:
     from fxlora.compare import Comparison, Parameter
+    from fxlora.effects import Effect
     from fxlora.plan import Plan, PlannedSite
 
 
@@ -66,7 +68,9 @@ def plan_rows(plan: Plan) -> list[tuple[str, ...]]:
                 name,
                 f"x{len(members)}" if len(members) > 1 else "",
                 s.kind,
-                f"{s.site.out_features} x {s.site.in_features}",
+                " x ".join(map(str, s.site.shape))
+                if s.kind.startswith("Conv") and len(s.site.shape) > 2
+                else f"{s.site.out_features} x {s.site.in_features}",
                 "+".join(sorted({str(len(m.site.calls)) for m in members})),
                 s.verdict,
                 str(s.r) if s.adapted else "",
@@ -90,8 +94,43 @@ def plan_text(plan: Plan) -> str:
         "",
         totals(plan.trainable, plan.total, plan.percent),
     ]
+    lines += [
+        f"trained as a whole: {s.name} ({s.numel:,} parameters; {s.entry!r} is in modules_to_save or "
+        "the task type's head)"
+        for s in plan.saved
+    ]
+    lines += [
+        f"rows that train: {len(t.indices)} of {t.name}"
+        + (f", shared with {t.tied_to}" if t.tied_to else f" ({t.numel:,} numbers)")
+        for t in plan.tokens
+    ]
     lines += [f"warning: {w}" for w in plan.warnings]
     return "\n".join(lines)
+
+
+def effects_text(effects: Sequence[Effect]) -> str:
+    """Returns effects as a table: equal sites of repeated layers share a row."""
+    groups: dict[tuple[str, ...], list[Effect]] = {}
+    for e in effects:
+        reason = re.sub(r"_\d+\b", "_*", e.reason)
+        key = (_group(e.site), e.adapter, e.verdict, str(e.calls), reason)
+        groups.setdefault(key, []).append(e)
+    rows = []
+    for (name, adapter, verdict, calls, reason), members in groups.items():
+        alone = len(members) == 1
+        rows.append(
+            (
+                members[0].site if alone else name,
+                "" if alone else f"x{len(members)}",
+                adapter,
+                verdict,
+                calls,
+                members[0].reason if alone else reason,
+            )
+        )
+    live = sum(e.live for e in effects)
+    head = ("site", "", "adapter", "verdict", "calls", "why")
+    return f"{live} of {count(len(effects), 'adapter')} live\n\n" + table(head, rows, right=(1, 4))
 
 
 def _flag(value: bool | None) -> str:
@@ -138,6 +177,12 @@ def comparison_text(c: Comparison, limit: int = 24) -> str:
         lines += [f"  - {d}" for d in c.differences[:limit]]
         if len(c.differences) > limit:
             lines.append(f"  ... and {len(c.differences) - limit:,} more; --json has them all")
+    if c.divergences:
+        lines += [
+            "",
+            "known divergences of PEFT's, in what it computes, merges, saves or starts as:",
+        ]
+        lines += [f"  - [{d.when}] {d}" for d in c.divergences]
     if c.tree_before:
         lines += ["", "before", _indent(c.tree_before), "after, as peft wraps it"]
         lines += [_indent(c.tree_after)]

@@ -1,57 +1,35 @@
-"""GraphModule x plan -> a new GraphModule: base + scaling * B(A(dropout(x))) at every adapted call.
+"""Traced graph x adapters -> a new GraphModule: base + scaling * B(A(dropout(x))) at every adapted call.
 
-    y = W x + b   ->   y = W x + b + s * B(A(dropout(x)))        (Hu et al. 2021, arXiv 2106.09685)
-
-For a bare parameter, where there is no input to act on, the weight itself is replaced:
-
-    W             ->   W + s * B A                               (peft.tuners.lora.ParamWrapper)
+A rewritten graph is always made from the traced one: the adapters are hung into a second module
+tree over the same tensors, and the nodes of the active ones are inserted into a copy of the graph.
+So adding, switching off and deleting adapters are rewrites too, and none of them changes what it
+was given.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
-from torch.nn import functional as F
 
-from fxlora import adapters
+from fxlora import branches, weights
+from fxlora.build import Held, Part, build
+from fxlora.errors import AdapterError
 from fxlora.facts import info
 from fxlora.freezing import bias_trains
-from fxlora.plan import ADAPTER, Plan, PlannedSite
+from fxlora.nodes import Entry, attribute
+from fxlora.plan import Plan, PlannedSite, adapted_modules
 from fxlora.plan import plan as make_plan
 from fxlora.trace.shell import frozen_view, shell
-from fxlora.trace.tracer import attach, graph_module
+from fxlora.trace.tracer import graph_module
+from fxlora.tree import hang
 
-
-def cast_like(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Returns `x` in the dtype of `like`; `x` itself when it has it already.
-
-    peft decides this at every call (BaseTunerLayer._cast_input_dtype), so a graph that is later
-    moved to another dtype, or run under autocast, must decide it then too.
-    """
-    return x if x.dtype == like.dtype else x.to(like.dtype)
-
-
-def baddbmm(
-    weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, alpha: float
-) -> torch.Tensor:
-    """Returns `weight + alpha * left @ right` in the dtype of `weight`, under autocast too.
-
-    peft folds the factors of expert weights this way (peft.tuners.lora.layer._LoraFactorsProxy).
-    """
-    if weight.device.type == "meta":
-        return torch.baddbmm(weight, left, right, alpha=alpha)
-    with torch.autocast(weight.device.type, enabled=False):
-        return torch.baddbmm(weight, left, right, alpha=alpha)
-
-
-# So that a saved GraphModule, which torch.fx traces again when it is loaded, keeps them whole.
-torch.fx.wrap("cast_like")
-torch.fx.wrap("baddbmm")
+_NO_QUIRKS: frozenset[str] = frozenset()
 
 
 def rewrite(traced: GraphModule, plan: Plan | Any) -> GraphModule:
@@ -71,6 +49,7 @@ def rewrite(traced: GraphModule, plan: Plan | Any) -> GraphModule:
 
     Raises:
         ConfigError: as `fxlora.plan`, when a config is given.
+        AdapterError: when the graph has adapters already.
         ValueError: when the plan was made for another graph.
 
     >>> import torch, fxlora
@@ -80,8 +59,33 @@ def rewrite(traced: GraphModule, plan: Plan | Any) -> GraphModule:
     >>> [n for n, p in lora.named_parameters() if p.requires_grad]
     ['0.lora_A.default.weight', '0.lora_B.default.weight']
     """
-    if not isinstance(plan, Plan) or info(traced).plan is not None:
-        plan = make_plan(traced, plan.config if isinstance(plan, Plan) else plan)
+    facts = info(traced)
+    if facts.adapters:
+        raise AdapterError(
+            f"this graph is already rewritten, with {sorted(facts.adapters)}; a second adapter is "
+            "fxlora.adapters.add(graph, config, name)"
+        )
+    made = plan if isinstance(plan, Plan) else make_plan(traced, plan)
+    check_plan(traced, made)
+    return assemble(traced, {made.adapter: build(traced, made)}, (made.adapter,))
+
+
+def rewrite_as_peft(traced: GraphModule, plan: Plan, quirks: frozenset[str]) -> GraphModule:
+    """Returns the graph with named mistakes of PEFT's in it, to measure what they come to.
+
+    Args:
+        traced: what `fxlora.trace` returned.
+        plan: for that graph.
+        quirks: names out of `fxlora.divergences`.
+    """
+    held = {plan.adapter: build(traced, plan, quirks)}
+    # torch's fused encoder kernel reads the weights past every adapter: the graph without them.
+    active = () if "encoder_fast_path" in quirks else (plan.adapter,)
+    return assemble(traced, held, active, quirks)
+
+
+def check_plan(traced: GraphModule, plan: Plan) -> None:
+    """Raises ValueError when a plan was made for another graph."""
     nodes = {id(n) for n in traced.graph.nodes}
     for p in plan:
         if any(id(c.node) not in nodes for c in p.site.calls):
@@ -89,20 +93,61 @@ def rewrite(traced: GraphModule, plan: Plan | Any) -> GraphModule:
                 f"the plan was made for another graph ({p.name!r} is called by nodes this one does "
                 "not have): plan again with fxlora.plan(traced, config)"
             )
-    root = shell(traced, _views(traced, plan))
-    graph, new = _copy(traced.graph)
-    for planned in plan.adapted:
-        _add_modules(root, planned, plan.config)
-    for planned in plan.adapted:
-        _insert(graph, root, planned, new)
-    return graph_module(root, graph, replace(info(traced), plan=plan))
 
 
-def _views(traced: GraphModule, plan: Plan) -> Callable[[nn.Parameter], nn.Parameter]:
-    adapted = {p.name for p in plan.adapted if p.kind != "Parameter"}
-    trains = {
-        id(p) for n, p in traced.named_parameters() if bias_trains(n, plan.config.bias, adapted)
-    }
+def assemble(
+    base: GraphModule,
+    adapters: dict[str, Held],
+    active: tuple[str, ...],
+    quirks: frozenset[str] = _NO_QUIRKS,
+    live: GraphModule | None = None,
+) -> GraphModule:
+    """Makes a rewritten graph.
+
+    Args:
+        base: the traced graph; read.
+        adapters: every adapter it holds; their parts are put into the tree as they are.
+        active: the names of those it computes, in their order.
+        quirks: named mistakes of PEFT's to reproduce.
+        live: the rewritten graph this one follows, if any: its base tensors, moved, loaded or
+            trained since, its modes and its hooks are taken over.
+
+    Raises:
+        AdapterError: when two active adapters cannot be computed together.
+    """
+    plans = {n: h.plan for n, h in adapters.items()}
+    _check_together(adapters, active)
+    root = shell(base, _views(base, [plans[n] for n in active]))
+    if live is not None:
+        follow(root, live)
+    for name in active:
+        _replace_weights(root, adapters[name], quirks)
+    for held in adapters.values():
+        for path, part in held.parts.items():
+            hang(root, path, part)
+    graph, new = copy_graph(base.graph)
+    _insert_sites(graph, root, [(n, plans[n]) for n in active], new, quirks)
+    for name in active:
+        _insert_extras(graph, root, plans[name])
+    residuals = {n: h.residuals for n, h in adapters.items() if h.residuals}
+    facts = replace(
+        info(base), base=base, adapters=plans, active=tuple(active), residuals=residuals
+    )
+    return graph_module(root, graph, facts)
+
+
+# ---- base weights ------------------------------------------------------------------------------
+
+
+def _views(base: GraphModule, plans: list[Plan]) -> Callable[[nn.Parameter], nn.Parameter]:
+    """Maps every base parameter to a view that trains where the active adapters' `bias` says so."""
+    trains: set[int] = set()
+    for plan in plans:
+        adapted, bias = adapted_modules(plan.adapted), plan.config.bias
+        whole = tuple(f"{s.name}." for s in plan.saved)
+        trains |= {
+            id(p) for n, p in base.named_parameters() if bias_trains(n, bias, adapted, whole)
+        }
 
     def view(p: nn.Parameter) -> nn.Parameter:
         made = frozen_view(p)
@@ -112,7 +157,56 @@ def _views(traced: GraphModule, plan: Plan) -> Callable[[nn.Parameter], nn.Param
     return view
 
 
-def _copy(old: Graph) -> tuple[Graph, dict[Node, Node]]:
+def follow(root: nn.Module, live: GraphModule) -> None:
+    """Takes over what a rewritten graph's base tensors, modes and hooks are now.
+
+    A load rebinds base tensors in the graph only, and `.to(...)` moves them; the traced graph knows
+    nothing of either. A weight that an active adapter replaced stays the traced graph's own.
+
+    Args:
+        root: a module tree over the traced graph's tensors; written.
+        live: a rewritten graph of the same trace; read.
+    """
+    facts = info(live)
+    replaced = {n for a in facts.active for n in facts.residuals.get(a, {})}
+    views: dict[int, nn.Parameter] = {}
+    for name, module in root.named_modules():
+        now = live.get_submodule(name)
+        module.training = now.training
+        for key, p in module._parameters.items():
+            q = now._parameters.get(key)
+            if p is None or q is None or type(q) is not nn.Parameter:
+                continue
+            if (f"{name}.{key}" if name else key) in replaced:
+                p.data = p.data.to(device=q.device, dtype=q.dtype)
+            elif id(q) not in views:
+                views[id(q)] = nn.Parameter(q.detach(), requires_grad=p.requires_grad)
+            module._parameters[key] = views.get(id(q), p)
+        for key in module._buffers:
+            module._buffers[key] = now._buffers.get(key, module._buffers[key])
+        for key in [k for k in module.__dict__ if "hooks" in k]:
+            if key in now.__dict__:
+                module.__dict__[key] = copy.copy(now.__dict__[key])
+
+
+def _replace_weights(root: nn.Module, held: Held, quirks: frozenset[str]) -> None:
+    """Puts in the base weights an initialisation left behind, at the sites they belong to only."""
+    for name, value in held.residuals.items():
+        owner, _, last = name.rpartition(".")
+        module = root.get_submodule(owner)
+        old = module._parameters[last]
+        made = nn.Parameter(value, requires_grad=False)
+        module._parameters[last] = made
+        if "tied_base_changed" in quirks:
+            for m in root.modules():
+                for key, p in m._parameters.items():
+                    m._parameters[key] = made if p is old else p
+
+
+# ---- nodes -------------------------------------------------------------------------------------
+
+
+def copy_graph(old: Graph) -> tuple[Graph, dict[Node, Node]]:
     """Copies a graph node for node, keeping names and meta."""
     graph = Graph()
     new: dict[Node, Node] = {}
@@ -125,169 +219,171 @@ def _copy(old: Graph) -> tuple[Graph, dict[Node, Node]]:
     return graph, new
 
 
-def _add_modules(root: nn.Module, planned: PlannedSite, config: Any) -> None:
-    owner, _, name = planned.site.weight_name.rpartition(".")
-    weight = getattr(root.get_submodule(owner), name)
-    if planned.prefix.endswith(".base_layer") and not _has(root, planned.prefix):
-        attach(root, planned.prefix, nn.Module())
-    for child, module in adapters.build(planned, weight, config).items():
-        attach(root, f"{planned.prefix}.{child}", module)
-
-
-def _weight(root: nn.Module, path: str) -> nn.Parameter:
-    weight = root.get_submodule(path).weight
-    assert isinstance(weight, nn.Parameter)
-    return weight
-
-
-def _has(root: nn.Module, path: str) -> bool:
-    try:
-        root.get_submodule(path)
-    except AttributeError:
-        return False
-    return True
-
-
-def _insert(graph: Graph, root: nn.Module, planned: PlannedSite, new: dict[Node, Node]) -> None:
-    if planned.kind == "Parameter":
-        _insert_delta(graph, planned, root, new)
-        return
-    for call in planned.site.calls:
-        # PEFT puts the adapter where the first name of a module stands: an alias keeps the base.
-        if call.through_module and call.node.op == "call_module":
-            _insert_branch(graph, planned, new[call.node], root)
-
-
-class _Inserter:
-    """Adds nodes of one site, each with its role, behind one another."""
-
-    def __init__(self, graph: Graph, planned: PlannedSite, like: Node) -> None:
-        self._graph, self._planned, self._like = graph, planned, like
-        self.last = like
-
-    def add(
-        self, role: str, op: str, target: Any, args: tuple[Any, ...], shape: Any, dtype: Any,
-        kwargs: dict[str, Any] | None = None,
-    ) -> Node:  # fmt: skip
-        """Adds a node; `shape` and `dtype` may be None where the trace knows none."""
-        with self._graph.inserting_after(self.last):
-            node = self._graph.create_node(op, target, args, kwargs or {})
-        meta = node.meta
-        for key in ("module_stack", "source", "grad_enabled"):
-            if key in self._like.meta:
-                meta[key] = self._like.meta[key]
-        meta["role"], meta["site"], meta["adapter"] = role, self._planned.name, ADAPTER
-        if shape is not None:
-            meta["shape"] = shape
-        if dtype is not None:
-            meta["dtype"] = dtype
-        self.last = node
-        return node
-
-
-def _insert_branch(graph: Graph, planned: PlannedSite, base: Node, root: nn.Module) -> None:
-    x = base.args[0] if base.args else next(iter(base.kwargs.values()))
-    base.meta.update(role="base", site=planned.name, adapter=ADAPTER)
-    # Snapshot the users first: the sum below becomes a user of `base` too, and must keep reading
-    # the base output rather than itself.
-    users = list(base.users)
-    prefix = planned.prefix
-    weight = _weight(root, f"{prefix}.lora_A.{ADAPTER}")
-    shape, dtype = base.meta.get("shape"), base.meta.get("dtype")
-    x_shape = x.meta.get("shape") if isinstance(x, Node) else None
-    inner = None if x_shape is None else (*x_shape[:-1], weight.shape[0])
-    to = weight.dtype if dtype is not None else None
-    new = _Inserter(graph, planned, base)
-    a_weight = new.add("cast", "get_attr", f"{prefix}.lora_A.{ADAPTER}.weight", (),
-                       tuple(weight.shape), weight.dtype)  # fmt: skip
-    cast = new.add("cast", "call_function", cast_like, (x, a_weight), x_shape, to)
-    drop = new.add("dropout", "call_module", f"{prefix}.lora_dropout.{ADAPTER}", (cast,),
-                   x_shape, to)  # fmt: skip
-    a = new.add("lora_A", "call_module", f"{prefix}.lora_A.{ADAPTER}", (drop,), inner, to)
-    b = new.add("lora_B", "call_module", f"{prefix}.lora_B.{ADAPTER}", (a,), shape, to)
-    scaled = new.add("scale", "call_method", "mul", (b, planned.scaling), shape, to)
-    wide = None if dtype is None else torch.promote_types(dtype, weight.dtype)
-    total = new.add("sum", "call_method", "add", (base, scaled), shape, wide)
-    out = new.add("cast_back", "call_function", cast_like, (total, base), shape, dtype)
-    _redirect(users, base, out)
-
-
-def _redirect(users: list[Node], old: Node, new: Node) -> None:
-    for user in users:
-        user.replace_input_with(old, new)
-        if old in user.meta.get("mutates", ()):
-            user.meta["mutates"] = tuple(new if n is old else n for n in user.meta["mutates"])
-
-
-def _open_layer(graph: Graph, call: Node, root: nn.Module) -> None:
-    """Replaces the call of a Linear by F.linear, so that its weight can be another tensor."""
-    path = str(call.target)
-    layer = root.get_submodule(path)
-    x = call.args[0] if call.args else next(iter(call.kwargs.values()))
-    held: list[Node | None] = []
-    for name in ("weight", "bias"):
-        p = getattr(layer, name)
-        if p is None:
-            held.append(None)
+def _insert_sites(
+    graph: Graph, root: nn.Module, plans: list[tuple[str, Plan]], new: dict[Node, Node],
+    quirks: frozenset[str],
+) -> None:  # fmt: skip
+    together: dict[str, list[Entry]] = {}
+    for name, plan in plans:
+        for p in plan.adapted:
+            together.setdefault(f"{p.kind == 'Parameter'} {p.name}", []).append((name, p))
+    # Parameters first: they open the call of a layer, whose branch then stands behind the new call.
+    for _, entries in sorted(together.items(), key=lambda item: not item[0].startswith("True")):
+        planned = entries[0][1]
+        if planned.form == "delta":
+            _insert_deltas(graph, root, entries, new, quirks)
             continue
-        with graph.inserting_before(call):
-            node = graph.get_attr(f"{path}.{name}")
-        node.meta.update({k: v for k, v in call.meta.items() if k not in ("shape", "dtype")})
-        node.meta["shape"], node.meta["dtype"] = tuple(p.shape), p.dtype
-        held.append(node)
-    with graph.inserting_before(call):
-        made = graph.call_function(F.linear, (x, *held))
-    made.meta = dict(call.meta)
-    call.replace_all_uses_with(made)
-    graph.erase_node(call)
+        for call in planned.site.calls:
+            # PEFT puts the adapter where the first name of a module stands: an alias keeps the base.
+            if call.through_module and call.node.op == "call_module":
+                branches.insert_branches(graph, root, new[call.node], entries, quirks)
 
 
-def _insert_delta(
-    graph: Graph, planned: PlannedSite, root: nn.Module, new: dict[Node, Node]
-) -> None:
-    """Replaces a parameter by W + s * B A wherever the module that owns it reads it."""
-    owner = planned.name.rpartition(".")[0]
-    for call in planned.site.calls:
-        if call.node.op == "call_module":
-            _open_layer(graph, new[call.node], root)
-    for node in [n for n in graph.nodes if n.op == "get_attr" and n.target == planned.name]:
-        users = [
-            u for u in node.users if any(f.path == owner for f in u.meta.get("module_stack", ()))
-        ]
-        if users:
-            node.meta.update(role="base", site=planned.name, adapter=ADAPTER)
-            out = _delta_nodes(graph, planned, node, root)
-            _redirect(users, node, out)
+def _insert_deltas(
+    graph: Graph, root: nn.Module, entries: list[Entry], new: dict[Node, Node],
+    quirks: frozenset[str],
+) -> None:  # fmt: skip
+    planned = entries[0][1]
+    if planned.kind == "Parameter":
+        for call in planned.site.calls:
+            if call.node.op == "call_module":
+                new[call.node] = weights.open_layer(graph, new[call.node], root)
+    weight = planned.site.weight_name
+    for node in [n for n in graph.nodes if n.op == "get_attr" and n.target == weight]:
+        weights.insert_delta(graph, root, node, entries, quirks)
 
 
-def _delta_nodes(graph: Graph, planned: PlannedSite, base: Node, root: nn.Module) -> Node:
-    new = _Inserter(graph, planned, base)
-    shape, dtype = tuple(planned.site.shape), base.meta.get("dtype")
-    names = [f"{planned.prefix}.{which}.{ADAPTER}" for which in ("lora_A", "lora_B")]
-    weights = [_weight(root, n) for n in names]
-    a, b = (
-        new.add(role, "get_attr", f"{n}.weight", (), tuple(w.shape), w.dtype)
-        for role, n, w in zip(("lora_A", "lora_B"), names, weights, strict=True)
-    )
-    to = weights[0].dtype
-    if planned.experts == 1:
-        product = new.add("delta", "call_method", "matmul", (b, a), shape, to)
-        scaled = new.add("scale", "call_method", "mul", (product, planned.scaling), shape, to)
-        cast = new.add("cast_back", "call_function", cast_like, (scaled, base), shape, dtype)
-        return new.add("sum", "call_method", "add", (base, cast), shape, dtype)
-    # A is (experts * r, in), expert-major; B is (out, r * experts), rank-major.
-    e, r = planned.experts, planned.r
-    (_, i), (o, _) = planned.adapter_shapes
-    a3 = new.add("delta", "call_method", "reshape", (a, e, -1, i), (e, r, i), to)
-    b3 = new.add("delta", "call_method", "reshape", (b, o, -1, e), (o, r, e), to)
-    b3 = new.add("delta", "call_method", "permute", (b3, 2, 0, 1), (e, o, r), to)
-    left, right = b3, a3
-    if shape != (e, o, i):
-        left = new.add("delta", "call_method", "transpose", (a3, -2, -1), (e, i, r), to)
-        right = new.add("delta", "call_method", "transpose", (b3, -2, -1), (e, r, o), to)
-    left = new.add("cast", "call_function", cast_like, (left, base), left.meta["shape"], dtype)
-    right = new.add("cast", "call_function", cast_like, (right, base), right.meta["shape"], dtype)
-    return new.add(
-        "sum", "call_function", baddbmm, (base, left, right), shape, dtype,
-        {"alpha": planned.scaling},
-    )  # fmt: skip
+def _insert_extras(graph: Graph, root: nn.Module, plan: Plan) -> None:
+    for saved in plan.saved:
+        weights.retarget(graph, saved.name, f"{saved.name}.modules_to_save.{plan.adapter}")
+    for rows in plan.tokens:
+        owner = rows.tied_to or rows.name
+        delta = f"{owner}.token_adapter.trainable_tokens_delta.{plan.adapter}"
+        weights.insert_rows(graph, root, rows.name, delta, rows.indices)
+
+
+# ---- what goes together --------------------------------------------------------------------------
+
+
+def _check_together(adapters: dict[str, Held], active: Iterable[str]) -> None:
+    """Refuses two active adapters that each claim the same weight for themselves."""
+    claimed: dict[str, str] = {}
+    for name in active:
+        held = adapters[name]
+        claims = [*held.residuals, *(s.name for s in held.plan.saved), *_token_claims(held.plan)]
+        for claim in dict.fromkeys(claims):
+            if claim in claimed:
+                raise AdapterError(
+                    f"adapters {claimed[claim]!r} and {name!r} both replace {claim!r}; only one of "
+                    "them can be active at a time"
+                )
+            claimed[claim] = name
+    for name in active:
+        whole = [s.name for s in adapters[name].plan.saved]
+        rows = [t.name for t in adapters[name].plan.tokens]
+        for other in active:
+            if other != name:
+                _check_apart(name, (whole, rows), other, adapters[other].plan)
+
+
+def _check_apart(name: str, taken: tuple[list[str], list[str]], other: str, plan: Plan) -> None:
+    """Refuses an adapter inside a module, or on an embedding, that another one replaces."""
+    whole, rows = taken
+    theirs = [p.name for p in plan.adapted] + [t.name for t in plan.tokens]
+    hit = next((t for t in theirs for w in whole if t == w or t.startswith(f"{w}.")), None)
+    hit = hit or next((p.name for p in plan.adapted if p.name in rows), None)
+    if hit is not None:
+        raise AdapterError(
+            f"adapter {name!r} trains {hit!r} itself (modules_to_save or trainable rows), and "
+            f"{other!r} adapts it; only one of them can be active at a time"
+        )
+
+
+def _token_claims(plan: Plan) -> list[str]:
+    return [f"row {i} of {t.name}" for t in plan.tokens for i in t.indices]
+
+
+# ---- taking a rewritten graph apart --------------------------------------------------------------
+
+
+def part_paths(plan: Plan) -> list[str]:
+    """Returns the paths of everything a plan's adapter hangs into a graph."""
+    paths: list[str] = []
+    for p in plan.adapted:
+        assert p.adapter is not None
+        names = {n.removesuffix(".weight").removesuffix(".bias") for n, _ in p.adapter.parameters}
+        names.add("lora_dropout.{}")
+        paths += [f"{p.prefix}.{n.format(plan.adapter)}" for n in sorted(names)]
+    paths += [f"{s.name}.modules_to_save.{plan.adapter}" for s in plan.saved]
+    for t in plan.tokens:
+        if not t.tied_to:
+            paths.append(f"{t.name}.token_adapter.trainable_tokens_delta.{plan.adapter}")
+    return paths
+
+
+def held_of(lora: GraphModule, name: str, trains: bool | None) -> Held:
+    """Returns one adapter of a rewritten graph, as views over the same numbers.
+
+    Args:
+        lora: a rewritten graph; read.
+        name: of the adapter.
+        trains: whether the views require grad (where the adapter's plan has them train); None for
+            the flags they have.
+    """
+    facts = info(lora)
+    plan: Plan = facts.adapters[name]
+    frozen = {
+        f"{p.prefix}.{n.format(name)}"
+        for p in plan.adapted
+        if p.adapter is not None
+        for n in p.adapter.frozen
+    }
+
+    def flag(path: str, p: nn.Parameter) -> bool:
+        return p.requires_grad if trains is None else trains and path not in frozen
+
+    def view(path: str, part: Part) -> Part:
+        if isinstance(part, nn.Parameter):
+            return nn.Parameter(part.detach(), requires_grad=flag(path, part))
+        names = {id(p): f"{path}.{n}" for n, p in part.named_parameters()}
+        return shell(
+            part,
+            lambda p: nn.Parameter(p.detach(), requires_grad=flag(names[id(p)], p)),
+        )
+
+    residuals = dict(facts.residuals.get(name, {}))
+    if name in facts.active:
+        residuals = {n: attribute(lora, n).detach() for n in residuals}
+    held = Held(plan, residuals=residuals)
+    order = {path: i for i, path in enumerate(_hung(lora))}
+    for path in sorted(part_paths(plan), key=lambda p: order.get(p, 0)):
+        try:
+            part = attribute(lora, path)
+        except AttributeError:
+            continue  # an embedding has no dropout of its own kind
+        held.parts[path] = view(path, part)
+    return held
+
+
+def _hung(lora: nn.Module) -> list[str]:
+    """Returns every module and parameter path in the order of the tree."""
+    names: list[str] = []
+    for name, module in lora.named_modules(remove_duplicate=False):
+        names.append(name)
+        names += [f"{name}.{n}" for n in module._parameters]
+    return names
+
+
+def sites_of(plan: Plan) -> dict[str, PlannedSite]:
+    """Returns the adapted sites of a plan by the name of their weight."""
+    return {p.site.weight_name: p for p in plan.adapted}
+
+
+def trained_values(lora: GraphModule, name: str) -> dict[str, torch.Tensor]:
+    """Returns the parameters of one adapter by their names in the graph, in order."""
+    wanted = tuple(part_paths(info(lora).adapters[name]))
+    return {
+        n: p.detach()
+        for n, p in lora.named_parameters()
+        if any(n == w or n.startswith(f"{w}.") for w in wanted)
+    }

@@ -75,6 +75,7 @@ class Site:
         bias: whether the layer has one.
         calls: every call, in the order of the graph; empty when the traced path has none.
         aliases: the module's other names.
+        transposed: whether a stack of weights is stored as (experts, in, out).
     """
 
     name: str
@@ -86,6 +87,7 @@ class Site:
     bias: bool
     calls: tuple[Call, ...]
     aliases: tuple[str, ...] = ()
+    transposed: bool = False
 
     @property
     def weight_name(self) -> str:

@@ -68,10 +68,10 @@ def test_compare_is_zero_when_equal_and_one_when_not(
     monkeypatch.chdir(Path(__file__).parent)
     assert main(["compare", "tiny:sequential", "-r", "4", "-t", "0,2"]) == 0
     assert "are equal" in capsys.readouterr().out
-    from fxlora import adapters
+    from fxlora import build
 
-    build = adapters._initialise
-    monkeypatch.setattr(adapters, "_initialise", lambda a, b, how, r: build(a, b, "gaussian", r))
+    draw = build.initialise
+    monkeypatch.setattr(build, "initialise", lambda how, *rest: draw("gaussian", *rest))
     assert main(["compare", "tiny:sequential", "-r", "4", "-t", "0,2", "--json"]) == 1
     assert "drawn differently" in json.loads(capsys.readouterr().out)["differences"][0]
 
@@ -137,3 +137,12 @@ def test_help_teaches_in_every_command() -> None:
         )  # fmt: skip
         assert "config.json" in done.stdout
         assert "--help" in done.stdout
+
+
+def test_plan_says_what_reaches_an_output(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parent)
+    assert main(["plan", "tiny:sequential", "-t", "0,2", "--effects"]) == 0
+    assert "2 of 2 adapters live" in capsys.readouterr().out
+    assert main(["plan", "tiny:sequential", "-t", "0,2", "--effects", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["effects"]
+    assert [(e["site"], e["verdict"]) for e in found] == [("0", "live"), ("2", "live")]

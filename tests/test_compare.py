@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -152,11 +153,12 @@ def test_a_difference_is_listed_and_explained(monkeypatch: pytest.MonkeyPatch) -
     assert "NOT equal" in str(result)
 
 
-def test_the_model_the_config_and_the_random_state_are_left_alone() -> None:
+@pytest.mark.parametrize("how", [True, "pissa", "olora"])
+def test_the_model_the_config_and_the_random_state_are_left_alone(how: Any) -> None:
     import copy
 
     model = nn.Sequential(nn.Linear(10, 20), nn.ReLU(), nn.Linear(20, 5))
-    config = LoraConfig(r=4, target_modules="all-linear")
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=how)
     before = copy.deepcopy(config), {k: v.clone() for k, v in model.state_dict().items()}
     torch.manual_seed(3)
     expected = torch.rand(2)

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from fxlora.config import HONOURED, NEUTRAL, REFUSED
+from fxlora import divergences
+from fxlora.config import _REFUSED_INITS, HONOURED, NEUTRAL, REFUSED
+from fxlora.divergences import KNOWN
+from fxlora.layers import _VARIANTS, KINDS
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
@@ -28,12 +31,46 @@ def parity_page() -> str:
         *(f"| `{k}` | refused: {v} |" for k, v in REFUSED.items()),
         *(f"| `{k}` | says nothing about the graph |" for k in sorted(NEUTRAL)),
         "",
-        "Layers: `nn.Linear` and its subclasses, transformers' `Conv1D`, and 2-D and 3-D parameters",
-        "through `target_parameters`. A targeted Embedding, convolution or MultiheadAttention is",
-        "refused by name.",
+        "Of `init_lora_weights`, refused: "
+        + "; ".join(f"`{k}`: {v}" for k, v in _REFUSED_INITS.items())
+        + ".",
         "",
+        "## Layers",
+        "",
+        "| layer | variants it takes beside plain LoRA |",
+        "|---|---|",
+        *(f"| {k} | {', '.join(_VARIANTS[k]) or 'none'} |" for k in KINDS),
+        "",
+        "Linear and the convolutions and embeddings include their subclasses. Any other module that",
+        "is targeted is refused by name, as in PEFT.",
+        "",
+        "## Where PEFT's number or behaviour is off",
+        "",
+        "`fxlora.compare` names what bears on a plan, measures it, and proves the rest equal to PEFT",
+        "with PEFT's mistake built into a second graph. Made from `fxlora/divergences.py`; tests hold",
+        "each line against the installed peft.",
+        "",
+        "| name | shows in | what PEFT does | thread |",
+        "|---|---|---|---|",
+        *(f"| {k.name} | {k.when} | {k.what} | {k.thread or 'none known'} |" for k in KNOWN),
+        "",
+        *_deliberate(),
     ]
     return "\n".join(lines)
+
+
+def _deliberate() -> list[str]:
+    rows = getattr(divergences, "DELIBERATE", ())
+    if not rows:
+        return []
+    return [
+        "## Where fxlora answers otherwise on purpose",
+        "",
+        "| field | PEFT | fxlora | why |",
+        "|---|---|---|---|",
+        *(f"| {r.field} | {r.peft} | {r.ours} | {r.why} |" for r in rows),
+        "",
+    ]
 
 
 def test_the_parity_page_is_the_code_s() -> None:

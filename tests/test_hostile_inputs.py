@@ -587,7 +587,13 @@ class TestTorchFeatures:
         layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
         model = Has(lambda m, x: m.enc(m.lin(x)), enc=layer)
         law(model.eval(), torch.randn(2, 3, 4), torch.randn(5, 6, 4), modes=(False,),
-            targets=["lin", "linear1"])  # fmt: skip
+            targets=["lin", "linear1"], compare=False)  # fmt: skip
+        # PEFT's adapters inside the layer do nothing here: torch's fused kernel runs past them.
+        config = LoraConfig(r=2, target_modules=["lin", "linear1"])
+        found = fxlora.compare(model, config, (torch.randn(2, 3, 4),))
+        assert found.differences == ()
+        assert {d.name for d in found.divergences} == {"encoder_fast_path"}
+        assert not found.equal
 
     def test_transformer_encoder(self) -> None:
         with warnings.catch_warnings():
@@ -639,7 +645,6 @@ class TestTorchFeatures:
             x = X.clone().requires_grad_()
             law(model, x, compare=not reentrant)
 
-    @pytest.mark.xfail(strict=True, reason="a tensor unseen until the output blames the trace call")
     def test_vmap_inside_forward(self) -> None:
         model = Has(lambda m, x: torch.vmap(lambda row: row * 2 + 1)(m.lin(x)))
         assert_traced_or_refused(model, "torch.vmap(")

@@ -22,10 +22,17 @@ LAYERS = [
     ["trace.tracer"],
     ["trace"],
     ["example_inputs", "sites", "config", "matching", "freezing"],
-    ["gradients"],
+    ["gradients", "runtime"],
+    ["initialise", "layers", "extras", "targets"],
+    ["advice"],
     ["plan"],
-    ["adapters"],
-    ["rewrite"],
+    ["build", "nodes", "tree"],
+    ["branches", "dense"],
+    ["weights"],
+    ["rewrite", "divergences", "effects"],
+    ["combine", "merge", "keys"],
+    ["adapters", "check"],
+    ["checkpoint"],
     ["canonical", "peft_side", "models"],
     ["compare"],
     ["report"],
@@ -35,7 +42,7 @@ LAYERS = [
 ]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 # Said once, at the moment it is printed: a plan and a comparison know how to print themselves.
-LATE = {("plan", "report"), ("compare", "report")}
+LATE = {("plan", "report"), ("compare", "report"), ("effects", "report")}
 
 
 def files() -> dict[str, Path]:
@@ -48,9 +55,11 @@ def files() -> dict[str, Path]:
 
 def imports(path: Path, package: str) -> set[str]:
     out = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
         if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
             node.body = []
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             out |= {a.name for a in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:

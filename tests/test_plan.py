@@ -285,10 +285,11 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("field", "value"),
         [
-            ("use_dora", True),
+            ("use_qalora", True),
             ("layer_replication", [(0, 2), (1, 3)]),
-            ("trainable_token_indices", [1, 2]),
-            ("init_lora_weights", "pissa"),
+            ("alora_invocation_tokens", [1, 2]),
+            ("init_lora_weights", "eva"),
+            ("init_lora_weights", "loftq"),
             ("ensure_weight_tying", True),
         ],
     )

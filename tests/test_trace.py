@@ -305,6 +305,131 @@ class TestEffects:
         assert type(seen[0]) is torch.Tensor
 
 
+class TestModulesMadeInside:
+    """A forward that builds modules."""
+
+    def test_a_module_made_inside_forward_is_recorded_with_its_draws(self) -> None:
+        class Makes(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.proj = nn.Linear(4, 4)
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                made = nn.Linear(4, 4)  # BigBird changes to full attention like this
+                return self.proj(x) + made(x)
+
+        model = Makes()
+        traced = fxlora.trace(model, (torch.ones(2, 4),))
+        x = torch.randn(3, 4)
+        torch.manual_seed(3)
+        expected = model(x)
+        torch.manual_seed(3)
+        assert torch.equal(traced(x), expected)
+
+
+class TestKnownValues:
+    """A branch on a value that follows from sizes alone goes the way eager code goes."""
+
+    def test_writing_into_a_known_tensor_changes_what_is_known_of_it(self) -> None:
+        class Written(nn.Module):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                flags = torch.zeros(x.size(0))
+                before = bool(flags.any())
+                flags.view(-1)[0] = 1  # through a view, too
+                return x * 2 if flags.any() and not before else x * 3
+
+        x = torch.randn(2, 3)
+        assert torch.equal(fxlora.trace(Written(), (x,))(x), x * 2)
+
+    def test_a_tensor_that_data_was_written_into_is_not_known(self) -> None:
+        class Written(nn.Module):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                flags = torch.zeros(x.size(0))
+                flags[0] = x[0, 0]
+                return x * 2 if flags.any() else x * 3
+
+        with pytest.raises(TraceError, match="by a tensor's values"):
+            fxlora.trace(Written(), (torch.ones(2, 3),))
+
+    def test_a_draw_is_not_known(self) -> None:
+        class Drawn(nn.Module):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return x * 2 if torch.zeros(x.size(0)).uniform_().sum() > 0.5 else x * 3
+
+        with pytest.raises(TraceError, match="by a tensor's values"):
+            fxlora.trace(Drawn(), (torch.ones(2, 3),))
+
+    def test_a_flag_made_of_sizes_reaches_attention_as_a_bool(self) -> None:
+        class Attends(nn.Module):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return F.scaled_dot_product_attention(x, x, x, is_causal=x.size(1) > 1)
+
+        traced = fxlora.trace(Attends(), (torch.ones(2, 5, 4),))
+        x = torch.randn(3, 7, 4)
+        assert torch.equal(traced(x), Attends()(x))
+        with pytest.raises(GuardError, match=r"s1 > 1, where s1 is x\.size\(1\)"):
+            traced(torch.ones(2, 1, 4))
+
+    def test_an_index_mask_that_transformers_vmaps_is_recorded(self) -> None:
+        from transformers import masking_utils
+
+        class Masks(nn.Module):
+            def forward(self, x: torch.Tensor) -> Any:
+                b, q, kv = (torch.arange(n) for n in (x.size(0), x.size(1), x.size(2)))
+                near = lambda b, h, q, kv: (q - kv).abs() <= 1  # noqa: E731
+                return masking_utils._vmap_expansion_sdpa(near)(b, torch.arange(1), q, kv)
+
+        traced = fxlora.trace(Masks(), (torch.ones(2, 3, 4),))
+        x = torch.ones(3, 6, 5)
+        assert torch.equal(traced(x), Masks()(x))
+
+
+class TestExamples:
+    """Example inputs for transformers models, from the config alone."""
+
+    @pytest.mark.parametrize(
+        ("name", "settings", "expected"),
+        [
+            ("ViTForImageClassification", {"image_size": 32, "patch_size": 8},
+             {"pixel_values": (2, 3, 32, 32)}),
+            ("Wav2Vec2ForCTC", {}, {"input_values": (2, 8000)}),
+            ("WhisperForConditionalGeneration", {"max_source_positions": 20},
+             {"input_features": (2, 80, 40), "decoder_input_ids": (2, 10)}),
+            ("BartForConditionalGeneration", {},
+             {"input_ids": (2, 16), "decoder_input_ids": (2, 10)}),
+            ("BartForSequenceClassification", {}, {"input_ids": (2, 16)}),
+            ("GPT2ForSequenceClassification", {}, {"input_ids": (1, 16)}),
+            ("GPT2ForSequenceClassification", {"pad_token_id": 0}, {"input_ids": (2, 16)}),
+            ("PerceiverForMaskedLM", {}, {"input_ids": (2, 16)}),
+            ("XmodForMaskedLM", {}, {"input_ids": (2, 16), "lang_ids": (2,)}),
+            ("KyutaiSpeechToTextForConditionalGeneration", {}, {"input_ids": (2, 16, 33)}),
+        ],
+    )  # fmt: skip
+    def test_example_inputs_have_the_sizes_of_the_config(
+        self, name: str, settings: dict[str, Any], expected: dict[str, tuple[int, ...]]
+    ) -> None:
+        import transformers
+
+        from fxlora.trace.examples import inputs
+
+        cls = getattr(transformers, name)
+        with torch.device("meta"):
+            model = cls(cls.config_class(**{"num_hidden_layers": 1, **settings}))
+        made = inputs(model)
+        shapes = {k: tuple(v.shape) for k, v in made.items() if isinstance(v, torch.Tensor)}
+        assert shapes == expected
+
+    def test_a_classifier_without_padding_is_traced_on_one_row(self) -> None:
+        from transformers import GPT2Config, GPT2ForSequenceClassification
+
+        config = GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=20)
+        model = GPT2ForSequenceClassification(config).eval()
+        traced = fxlora.trace(model)
+        ids = torch.randint(3, 20, (1, 7))
+        logits = traced(input_ids=ids, use_cache=False).logits
+        assert torch.equal(logits, model(input_ids=ids).logits)
+
+
 class TestErrors:
     """An error names the line of the model's code and what to do."""
 

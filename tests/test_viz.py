@@ -263,6 +263,364 @@ def test_drawing_changes_neither_graph() -> None:
     assert meta == [[dict(n.meta) for n in g.graph.nodes] for g in (traced, lora)]
 
 
+# ---- the forms a rewrite takes ---------------------------------------------------------------
+
+
+class TwoLinears(nn.Module):
+    """a, relu, b."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.b(torch.relu(self.a(x)))
+        return out
+
+
+class Headed(nn.Module):
+    """A first layer, and a Linear behind it."""
+
+    def __init__(self, first: nn.Module, features: int) -> None:
+        super().__init__()
+        self.first, self.head = first, nn.Linear(features, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x, x, x)[0] if isinstance(self.first, nn.MultiheadAttention) else None
+        out: torch.Tensor = self.head(self.first(x) if y is None else y)
+        return out
+
+
+class Scaled(nn.Embedding):
+    """An embedding with a factor of its own, as Gemma's."""
+
+    def __init__(self) -> None:
+        super().__init__(50, 8)
+        self.embed_scale = 3.0
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input) * self.embed_scale
+
+
+FLOATS, TOKENS = torch.zeros(2, 8), torch.zeros(2, 5, dtype=torch.long)
+
+
+def rewritten(
+    model: nn.Module, x: torch.Tensor, *more: tuple[str, LoraConfig], **config: object
+) -> tuple[GraphModule, GraphModule]:
+    """Returns a model traced, and rewritten with one adapter or with several active ones."""
+    traced = fxlora.trace(model.eval(), (x,))
+    lora = fxlora.rewrite(traced, LoraConfig(**{"r": 4, "lora_alpha": 8, **config}))
+    for name, another in more:
+        lora = fxlora.adapters.add(lora, another, name)
+    if more:
+        lora = fxlora.adapters.set_active(lora, fxlora.adapters.names(lora))
+    return traced, lora
+
+
+def drawn(
+    model: nn.Module, x: torch.Tensor, *more: tuple[str, LoraConfig], **config: object
+) -> fxlora_viz.Drawing:
+    return fxlora_viz.draw(*rewritten(model, x, *more, **config))
+
+
+def after(drawing: fxlora_viz.Drawing, role: str | None = None) -> list[dict[str, object]]:
+    """Returns the nodes of the panel after the rewrite, or those of one role."""
+    nodes = (d for _, d in drawing.graph.nodes(data=True) if d["panel"] == "a")
+    return [d for d in nodes if role is None or d["role"] == role]
+
+
+def flows(drawing: fxlora_viz.Drawing) -> set[tuple[str, str, str]]:
+    """Returns (from, to, label) of the edges after the rewrite, by titles."""
+    graph = drawing.graph
+    return {
+        (graph.nodes[u]["title"], graph.nodes[v]["title"], d["label"])
+        for u, v, d in graph.edges(data=True)
+        if graph.nodes[u]["panel"] == "a"
+    }
+
+
+OTHER = LoraConfig(r=2, lora_alpha=6, target_modules=["a"])
+FORMS = {
+    "dora": lambda: drawn(TwoLinears(), FLOATS, target_modules=["a", "b"], use_dora=True),
+    "dora with dropout": lambda: drawn(
+        TwoLinears(), FLOATS, target_modules=["a", "b"], use_dora=True, lora_dropout=0.1
+    ),
+    "saved": lambda: drawn(TwoLinears(), FLOATS, target_modules=["a"], modules_to_save=["b"]),
+    "rows": lambda: drawn(
+        Headed(nn.Embedding(50, 8), 8), TOKENS,
+        target_modules=["head"], trainable_token_indices={"first": [1, 3]},
+    ),
+    "kasa": lambda: drawn(TwoLinears(), FLOATS, r=2, target_modules=["a"], kasa_config={}),
+    "convolution": lambda: drawn(
+        Headed(nn.Conv2d(4, 16, 3), 6), torch.zeros(1, 4, 8, 8), r=8, target_modules=["first"]
+    ),
+    "embedding": lambda: drawn(
+        Headed(nn.Embedding(50, 8), 8), TOKENS, target_modules=["first"], use_dora=True
+    ),
+    "attention": lambda: drawn(
+        Headed(nn.MultiheadAttention(16, 4, batch_first=True), 16), torch.zeros(2, 5, 16),
+        target_modules=["first"],
+    ),
+    "two adapters": lambda: drawn(
+        TwoLinears(), FLOATS, ("other", OTHER), target_modules=["a", "b"]
+    ),
+}  # fmt: skip
+
+
+def test_a_module_trained_as_a_whole_is_drawn_as_itself_and_says_so() -> None:
+    drawing = FORMS["saved"]()
+    (b,) = [d for d in after(drawing) if d["title"] == "b"]
+    assert b["lines"] == ("4 × 16", "68 params", "trained as a whole")
+    assert (b["state"], b["path"], b["params"]) == ("trainable", "b", 68)
+    assert {("relu", "b", ""), ("b", "output", "")} <= flows(drawing)
+    assert "modules_to_save.default.weight" in str(b["tooltip"])
+    before = [d for _, d in drawing.graph.nodes(data=True) if d["panel"] == "b"]
+    assert not any("trained as a whole" in d["lines"] for d in before)
+
+
+def test_a_container_trained_as_a_whole_keeps_its_inside_and_its_box_says_so() -> None:
+    head = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 3))
+    model = Headed(nn.Linear(8, 16), 16)
+    model.head = head  # type: ignore[assignment]
+    drawing = drawn(model, FLOATS, target_modules=["first"], modules_to_save=["head"])
+    inside = [d for d in after(drawing) if str(d["path"]).startswith("head.")]
+    assert [(d["title"], d["state"]) for d in inside] == [
+        ("head.0", "trainable"), ("head.1", ""), ("head.2", "trainable"),
+    ]  # fmt: skip
+    notes = [(b["panel"], b["note"]) for b in boxes(drawing, "module") if b["label"] == "head"]
+    assert notes == [("b", ""), ("a", "trained as a whole")]
+    assert not any("trained as a whole" in d["lines"] for d in inside)
+
+
+def test_a_head_of_a_sequence_classifier_is_drawn_after_the_rewrite() -> None:
+    import transformers
+
+    settings = transformers.BertConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_labels=3,
+    )  # fmt: skip
+    model = transformers.BertForSequenceClassification(settings)
+    drawing = drawn(model, TOKENS, target_modules=["query"], task_type="SEQ_CLS")
+    (head,) = [d for d in after(drawing) if d["title"] == "classifier"]
+    assert head["state"] == "trainable"
+    assert "trained as a whole" in head["lines"]  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("form", ["dora", "dora with dropout"])
+def test_dora_is_a_frozen_w_and_a_trainable_m_into_the_sum(form: str) -> None:
+    drawing = FORMS[form]()
+    assert [(d["state"], d["params"]) for d in after(drawing, "base")] == [
+        ("frozen", 144), ("frozen", 68),
+    ]  # fmt: skip
+    assert [(d["title"], d["lines"], d["state"]) for d in after(drawing, "magnitude")] == [
+        ("m", ("DoRA", "16 params"), "trainable"),
+        ("m", ("DoRA", "4 params"), "trainable"),
+    ]
+    assert flows(drawing) == {
+        ("x", "W", ""), ("x", "A", ""), ("relu", "W", ""), ("relu", "A", ""), ("A", "B", ""),
+        ("W", "+", ""), ("m", "+", "×g"), ("B", "+", "×2"), ("+", "relu", ""), ("+", "output", ""),
+    }  # fmt: skip
+
+
+def test_doras_norm_is_folded_away_on_every_kind_of_layer() -> None:
+    for form in ("dora", "embedding"):
+        assert {d["kind"] for d in after(FORMS[form]())} <= {
+            "input", "module", "circle", "op", "output",
+        }  # fmt: skip
+        titles = {d["title"] for d in after(FORMS[form]())}
+        assert titles <= {"x", "W", "A", "B", "m", "+", "relu", "head", "output"}
+    conv = Headed(nn.Conv2d(4, 16, 3), 6)
+    drawing = drawn(conv, torch.zeros(1, 4, 8, 8), target_modules=["first"], use_dora=True)
+    into = {(u, label) for u, v, label in flows(drawing) if v == "+"}
+    assert into == {("W", ""), ("m", "×g"), ("B", "×2")}
+
+
+def test_no_gradient_is_drawn_out_of_the_first_frozen_w_of_dora() -> None:
+    graph = FORMS["dora"]().graph
+    ((style, grad),) = {
+        (d["style"], d["grad"])
+        for u, v, d in graph.edges(data=True)
+        if graph.nodes[u]["key"] == "a" and graph.nodes[v]["role"] == "sum"
+    }
+    assert (style, grad) == ("quiet", False)
+
+
+def test_dora_rescales_what_came_before_it_so_it_has_a_sum_of_its_own() -> None:
+    dora = LoraConfig(r=2, lora_alpha=6, target_modules=["a"], use_dora=True)
+    third = LoraConfig(r=2, lora_alpha=8, target_modules=["a"])
+    drawing = drawn(
+        TwoLinears(), FLOATS, ("style", dora), ("third", third), target_modules=["a"]
+    )  # fmt: skip
+    graph = drawing.graph
+    sums = [n for n, d in graph.nodes(data=True) if d["role"] == "sum"]
+    into = [sorted(graph.nodes[u]["title"] for u in graph.predecessors(n)) for n in sums]
+    assert into == [
+        ["B · default", "W"], ["+", "B · style", "m · style"], ["+", "B · third"],
+    ]  # fmt: skip
+
+
+def test_every_active_adapter_has_its_own_pair_name_and_scaling() -> None:
+    drawing = FORMS["two adapters"]()
+    titles = [d["title"] for d in after(drawing) if str(d["role"]).startswith("lora")]
+    assert titles == [
+        "A · default", "B · default", "A · other", "B · other", "A · default", "B · default",
+    ]  # fmt: skip
+    assert {("B · default", "+", "×2"), ("B · other", "+", "×3")} <= flows(drawing)
+    assert len(after(drawing, "base")) == len(after(drawing, "sum")) == 2
+    note = boxes(drawing, "panel")[1]["note"]
+    assert str(note).startswith("2 adapters · r = 2–4 · alpha = 6–8 · 2 call sites rewritten")
+
+
+def test_one_active_adapter_of_two_is_not_named_and_the_other_not_drawn() -> None:
+    traced, lora = rewritten(TwoLinears(), FLOATS, ("other", OTHER), target_modules=["a", "b"])
+    drawing = fxlora_viz.draw(traced, fxlora.adapters.set_active(lora, "other"))
+    assert [d["title"] for d in after(drawing) if d["role"]] == ["W", "A", "B", "+"]
+    (b,) = [d for d in after(drawing) if d["title"] == "b"]
+    assert (b["state"], b["params"]) == ("frozen", 68)
+
+
+@pytest.mark.parametrize(
+    ("form", "calls"), [("dora", 2), ("two adapters", 2), ("rows", 1), ("attention", 2)]
+)
+def test_the_heading_counts_adapted_calls_not_sums(form: str, calls: int) -> None:
+    note = boxes(FORMS[form](), "panel")[1]["note"]
+    noun = "call site" if calls == 1 else "call sites"
+    assert f" · {calls} {noun} rewritten · " in str(note)
+
+
+def test_kasas_diagonal_stands_between_a_and_b_and_trains() -> None:
+    drawing = FORMS["kasa"]()
+    (d,) = after(drawing, "diagonal")
+    assert (d["title"], d["lines"], d["state"]) == ("d", ("2 params",), "trainable")
+    assert {("A", "d", ""), ("d", "B", "")} <= flows(drawing)
+    assert ("A", "B", "") not in flows(drawing)
+
+
+def test_trainable_rows_stand_beside_the_frozen_w_they_are_put_into() -> None:
+    drawing = FORMS["rows"]()
+    (rows,) = after(drawing, "rows")
+    assert (rows["lines"], rows["state"]) == (("2 rows train", "16 params"), "trainable")
+    assert "rows [1, 3] of W train" in str(rows["tooltip"])
+    w = next(d for d in after(drawing, "base") if d["site"] == "first")
+    assert (w["state"], w["lines"]) == ("frozen", ("50 × 8", "400 params"))
+    assert {("rows", "W", ""), ("x", "W", "")} <= flows(drawing)
+
+
+def test_rows_of_a_tied_output_layer_are_drawn_where_it_reads_them() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.e, self.f = nn.Embedding(30, 8), nn.Linear(8, 8)
+
+        def forward(self, i: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(self.f(self.e(i)), self.e.weight)
+
+    drawing = drawn(Tied(), TOKENS, target_modules=["f"], trainable_token_indices={"e": [1]})
+    assert [d["lines"] for d in after(drawing, "rows")] == [("1 row trains", "8 params")] * 2
+    assert ("W", "linear", "") in flows(drawing)
+    labels = [b["label"] for b in boxes(drawing, "site")]
+    assert labels == ["e", "f", "e"]
+
+
+def test_both_projections_of_an_attention_lie_in_its_box() -> None:
+    drawing = FORMS["attention"]()
+    every = drawing.graph.graph["boxes"]
+    sites = {b["label"]: every[b["parent"]] for b in boxes(drawing, "site")}
+    assert {name: (b["kind"], b["label"]) for name, b in sites.items()} == {
+        "in_proj": ("module", "first"), "out_proj": ("module", "first"),
+    }  # fmt: skip
+    assert flows(drawing) >= {("A", "@", ""), ("B", "@", ""), ("@", "+", "×2"), ("W", "+", "")}
+    matched = {d["title"] for _, d in drawing.graph.nodes(data=True) if d["matched"]}
+    assert matched == {"in_proj_weight", "out_proj.weight"}
+
+
+def test_the_adapter_of_a_parameter_reads_as_w_plus_the_product() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Parameter(torch.zeros(4, 16, 8))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x @ self.up.transpose(1, 2)).sum(0)
+
+    model = Headed(Experts(), 16)
+    drawing = drawn(model, FLOATS, target_modules=[], target_parameters=["first.up"])
+    assert flows(drawing) >= {("A", "@", ""), ("B", "@", ""), ("@", "+", "×2"), ("W", "+", "")}
+    assert ("A", "+", "") not in flows(drawing)
+
+
+@needs_engine
+@pytest.mark.parametrize("engine", fxlora_viz.available_engines())
+@pytest.mark.parametrize("direction", ["TB", "LR"])
+@pytest.mark.parametrize("form", ["attention", "dora", "two adapters"])
+def test_m_w_a_and_b_stand_in_this_order(form: str, direction: str, engine: str) -> None:
+    drawing = fxlora_viz.Drawing(
+        FORMS[form]().graph, fxlora_viz.Options(engine=engine, direction=direction)
+    )
+    along = 0 if direction == "TB" else 1
+    by_site: dict[str, list[str]] = {}
+    places = {n: p[along] for n, p in drawing.layout.nodes.items()}
+    for node in sorted(places, key=lambda n: places[n]):
+        data = drawing.graph.nodes[node]
+        if data["role"] in ("magnitude", "base", "lora_A") or data["title"] == "B":
+            by_site.setdefault(data["box"], []).append(data["title"])
+    wanted = {
+        "attention": [["W", "A", "B"]] * 2,
+        "dora": [["m", "W", "A"]] * 2,
+        "two adapters": [["W", "A · default", "A · other"]],
+    }[form]
+    orders = [t if form == "attention" else [x for x in t if x != "B"] for t in by_site.values()]
+    assert [o for o in orders if len(o) > 2] == wanted
+
+
+def test_factors_of_convolutions_and_embeddings_show_their_own_shapes() -> None:
+    shapes = {
+        form: [d["lines"] for role in ("lora_A", "lora_B") for d in after(FORMS[form](), role)]
+        for form in ("convolution", "embedding")
+    }
+    assert shapes == {
+        "convolution": [("8 × 4 × 3 × 3",), ("16 × 8 × 1 × 1",)],
+        "embedding": [("4 × 50",), ("8 × 4",)],
+    }
+
+
+def test_an_embeddings_own_factor_is_not_the_adapters_scaling() -> None:
+    drawing = drawn(Headed(Scaled(), 8), TOKENS, target_modules=["first"])
+    assert ("B", "+", "×2") in flows(drawing)
+
+
+@pytest.mark.parametrize("form", list(FORMS))
+def test_every_trainable_number_after_the_rewrite_is_drawn_as_trainable(form: str) -> None:
+    drawing = FORMS[form]()
+    shown = sum(int(str(d["params"])) for d in after(drawing) if d["state"] == "trainable")
+    said = re.search(r"(\d+) trainable", str(boxes(drawing, "panel")[1]["note"]))
+    assert said is not None
+    assert shown == int(said[1])
+
+
+@needs_engine
+@pytest.mark.parametrize("form", list(FORMS))
+def test_the_forms_are_laid_out_without_overlap_and_their_text_fits(form: str) -> None:
+    drawing = FORMS[form]()
+    for (a, ra), (b, rb) in itertools.combinations(rectangles(drawing).items(), 2):
+        assert not overlap(ra, rb), (a, b)
+    for node, data in drawing.graph.nodes(data=True):
+        if data["shape_name"] in ("trapezium", "invtrapezium"):
+            title = metrics.width(data["title"], theme.TITLE, True)
+            assert len(data["title"]) == 1 or title <= data["width"] * (1 - 1.7 * theme.SLANT), node
+            shape = metrics.width(data["lines"][0], theme.TEXT)
+            assert shape <= data["width"] * (1 - 1.5 * theme.SLANT), node
+    assert len(by_class(drawing.svg, "fx")) == drawing.graph.number_of_nodes()
+
+
+@needs_engine
+def test_the_legend_says_what_m_is_where_there_is_one() -> None:
+    text = "DoRA: the sum is rescaled by g = m / |W + sBA|"
+    assert text in FORMS["dora"]().svg
+    assert text not in FORMS["kasa"]().svg
+
+
 # ---- same input, same bytes ------------------------------------------------------------------
 
 _SCRIPT = """

@@ -91,7 +91,6 @@ def record(
     mode: bool,
     dynamic: bool,
     replay: bool,
-    stretch: bool = True,
 ) -> Recording:
     """Runs `model` on fakes of the example inputs and returns what happened.
 
@@ -101,11 +100,35 @@ def record(
         mode: the value `self.training` reads as everywhere in the model.
         dynamic: whether the sizes of the inputs are symbols.
         replay: whether equal blocks are copied instead of run.
-        stretch: whether an example batch of one is traced as a batch of two.
 
     Raises:
         TraceError: with the line of the model's code that could not be followed.
     """
+
+    def run(stretch: bool) -> tuple[Recording, list[torch.Tensor]]:
+        return _record(model, args, kwargs, mode, dynamic, replay, stretch)
+
+    if dynamic and _batch_of_one(args, kwargs):
+        # One sequence is the commonest example and stands for any batch. A size of one would be
+        # taken for a broadcast, so trace with two.
+        with contextlib.suppress(TraceError):
+            recording, real = run(True)
+            if _holds(recording.guards, real):
+                return recording
+        # The model does something else with one than with two: then the example is meant as it is.
+    return run(False)[0]
+
+
+def _record(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    mode: bool,
+    dynamic: bool,
+    replay: bool,
+    stretch: bool,
+) -> tuple[Recording, list[torch.Tensor]]:
+    """Runs the model once, with a batch of one stretched to two or left; also returns the inputs."""
     graph = Graph()
     recorder = Recorder(model, graph, device_of(model))
     shape_env = _ShapeEnv(duck_shape=False, specialize_zero_one=False) if dynamic else None
@@ -114,7 +137,6 @@ def record(
     fake_mode.cache_enabled = False  # its keys cost more than the few hits they give here
     placeholders = arguments.Placeholders(graph)
     bound = arguments.bind(model, args, kwargs)
-    stretch = stretch and dynamic and _batch_of_one(args, kwargs)
     real: list[torch.Tensor] = []
     fake = _faker(fake_mode, shape_env, stretch, real)
     values = {k: placeholders.add(k, v, fake) for k, v in bound.arguments.items()}
@@ -127,15 +149,12 @@ def record(
             out = _run(model, recorder, positional, values)
         _finish(graph, recorder, out)
     guards, symbols = _guards(placeholders, recorder, shape_env)
-    if stretch and not _holds(guards, real):
-        # The model does something else with one than with two: then the example is meant as it is.
-        return record(model, args, kwargs, mode=mode, dynamic=dynamic, replay=replay, stretch=False)
     name = "_guards"
     while hasattr(model, name):
         name = f"_{name}"
     guards.path = name
     _guard_node(graph, placeholders, name)
-    return Recording(
+    recording = Recording(
         graph=graph,
         constants=recorder.constants,
         guards=guards,
@@ -145,6 +164,7 @@ def record(
         replayed=replayer.count,
         notes=tuple(replayer.notes),
     )
+    return recording, real
 
 
 def _holds(guards: InputGuards, tensors: list[torch.Tensor]) -> bool:
@@ -181,8 +201,6 @@ def _faker(
         requires_grad = t.requires_grad
         plain = t.detach()
         if stretch and plain.dim():
-            # One sequence is the commonest example and stands for any batch. A size of one would
-            # be taken for a broadcast, so trace with two.
             plain = plain.expand(2, *plain.shape[1:]).contiguous()
         source = ConstantSource(f"input{next(count)}")
         if shape_env is None:
@@ -246,6 +264,8 @@ def _patch(
         patches.enter_context(
             mock.patch.object(masking, "is_tracing", _is_tracing(recorder, masking.is_tracing))
         )
+    if masking is not None and hasattr(masking, "_vmap_expansion_sdpa"):
+        patches.enter_context(mock.patch.object(masking, "_vmap_expansion_sdpa", _broadcasting))
     for patch in (*_stand_ins(), *_watchers(recorder)):
         patches.enter_context(patch)
     patches.enter_context(recorder)
@@ -257,6 +277,7 @@ def _stand_ins() -> Iterator[Any]:
     from torch.nn.utils import parametrize
 
     autocast, maybe_set = torch.autocast, getattr(parametrize, "_maybe_set", None)
+    attention = torch.nn.functional.scaled_dot_product_attention
 
     def on_meta(device_type: str, *args: Any, **kwargs: Any) -> Any:
         # torch has no autocast for the meta device; there is nothing to cast there either.
@@ -264,7 +285,14 @@ def _stand_ins() -> Iterator[Any]:
             return contextlib.nullcontext()
         return autocast(device_type, *args, **kwargs)
 
+    def decided(*args: Any, **kwargs: Any) -> Any:
+        # `is_causal=q_len > 1` is a bool to eager, and torch takes no symbolic one.
+        if isinstance(kwargs.get("is_causal"), torch.SymBool):
+            kwargs["is_causal"] = bool(kwargs["is_causal"])
+        return attention(*args, **kwargs)
+
     yield mock.patch.object(torch, "autocast", on_meta)
+    yield mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", decided)
     # A distribution checks its arguments' values, which only ever raises.
     yield mock.patch.object(torch.distributions.Distribution, "_validate_args", False)
     if maybe_set is not None:
@@ -312,6 +340,20 @@ def _is_tracing(recorder: Recorder, original: Callable[..., bool]) -> Callable[.
         return original(tensor)
 
     return is_tracing
+
+
+def _broadcasting(mask_function: Callable[..., Any]) -> Callable[..., Any]:
+    """Stands in for transformers' vmap over the indices of a mask, which hides its calls from us.
+
+    Masks are functions of four indices, elementwise; transformers itself broadcasts the indices
+    of the masks it knows, and vmaps those a model adds.
+    """
+
+    def mask(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, kv: torch.Tensor) -> Any:
+        grid = (b[:, None, None, None], h[None, :, None, None], q[None, None, :, None], kv)
+        return mask_function(*grid).expand(b.size(0), h.size(0), q.size(0), kv.size(0))
+
+    return mask
 
 
 def _caller(recorder: Recorder, paths: Paths, replayer: Replay, thread: int) -> Callable[..., Any]:
@@ -441,7 +483,7 @@ def _explain(model: nn.Module, recorder: Recorder, e: Exception) -> str:
     kind = type(e).__name__
     said = str(e).strip().splitlines()
     head = f"{type(model).__name__} cannot be traced: {kind} at {where}{inside}."
-    if "DataDependent" in kind:
+    if "DataDependent" in kind or any("Cannot cast FakeTensor" in line for line in said):
         return (
             f"{head} This line chooses its path by a tensor's values, and tracing has no values. "
             "Choose by a size or a flag instead, or trace the submodules below it one by one"

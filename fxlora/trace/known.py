@@ -15,7 +15,12 @@ from torch.fx.node import map_arg
 from torch.utils._python_dispatch import _disable_current_modes
 
 _ASKS = frozenset("__bool__ __int__ __float__ __index__ item".split())
+# Draws that leave a number behind, and draws into memory or over a tensor.
 RANDOM = frozenset("rand randn randint randperm rand_like randn_like bernoulli multinomial".split())
+_DRAWS = frozenset(
+    "uniform_ normal_ random_ bernoulli_ exponential_ geometric_ cauchy_ log_normal_ trunc_normal_ "
+    "kaiming_uniform_ dropout dropout_ alpha_dropout feature_dropout".split()
+)
 
 
 class NotKnown(Exception):
@@ -28,10 +33,15 @@ def asks(func: Any) -> bool:
 
 
 class Known:
-    """Computes, on the CPU, the nodes that depend on sizes alone."""
+    """Computes, on the CPU, the nodes that depend on sizes alone.
+
+    Attributes:
+        writers: node -> the in-place calls so far that wrote into its memory.
+    """
 
     def __init__(self) -> None:
         self._values: dict[Node, Any] = {}
+        self.writers: dict[Node, list[Node]] = {}
 
     def answer(self, node: Node, hints: dict[Node, int], question: str | None = None) -> Any:
         """Returns what a question (`__bool__`, `item`, ...) of a node's value gives.
@@ -49,36 +59,47 @@ class Known:
         Raises:
             NotKnown: when it depends on data.
         """
+        needed = self._needed(node, hints)
+        if not needed.keys() & self.writers.keys():
+            for n in needed:
+                if n not in self._values:
+                    self._values[n] = self._compute(n, hints, self._values)
+            return self._values[node]
+        # What was written into has no one value: run it all again, in the order of the graph, and
+        # into memory of its own.
+        values: dict[Node, Any] = {}
+        for n in sorted(needed):
+            values[n] = self._compute(n, hints, values)
+        return values[node]
+
+    def _needed(self, node: Node, hints: dict[Node, int]) -> dict[Node, None]:
+        """Returns the nodes that a node's value follows from, inputs first, itself last."""
+        needed: dict[Node, None] = {}
+        entered: set[Node] = set()
         todo = [node]
         while todo:
             at = todo[-1]
-            if at in self._values:
-                todo.pop()
+            if at in needed or at in entered:
+                needed.setdefault(todo.pop())
                 continue
-            missing = (
-                []
-                if at in hints or is_device(at)
-                else [n for n in at.all_input_nodes if n not in self._values]
-            )
-            if missing:
-                todo += missing
-                continue
-            self._values[at] = self._compute(at, hints)
-            todo.pop()
-        return self._values[node]
+            entered.add(at)
+            plain = at in hints or is_device(at)
+            before = [] if plain else [*at.all_input_nodes, *self.writers.get(at, ())]
+            todo += [n for n in before if n not in entered]
+        return needed
 
-    def _compute(self, node: Node, hints: dict[Node, int]) -> Any:
+    def _compute(self, node: Node, hints: dict[Node, int], values: dict[Node, Any]) -> Any:
         if node in hints:
             return hints[node]
         if is_device(node):
             return torch.device("cpu")
         name = getattr(node.target, "__name__", node.target)
-        if node.op not in ("call_function", "call_method") or node.meta.get("mutates"):
+        if node.op not in ("call_function", "call_method") or name in _DRAWS:
             raise NotKnown
         if name in RANDOM:
             return self._random_bound(node)
-        args = _on_cpu(map_arg(node.args, self._values.__getitem__))
-        kwargs = _on_cpu(map_arg(node.kwargs, self._values.__getitem__))
+        args = _on_cpu(map_arg(node.args, values.__getitem__))
+        kwargs = _on_cpu(map_arg(node.kwargs, values.__getitem__))
         if any(isinstance(v, Range) for v in (*args, *kwargs.values())):
             return _compare(str(name), args)
         if node.op == "call_method":

@@ -46,6 +46,12 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
         yield from tensors_in((value.start, value.stop, value.step))
 
 
+def _storage(tensor: torch.Tensor) -> int:
+    """Returns what tells the memory of a tensor from that of others."""
+    strided = tensor.layout is torch.strided and not tensor.is_nested
+    return tensor.untyped_storage()._cdata if strided else id(tensor)
+
+
 class Recorder(TorchFunctionMode):
     """Turns what a model does to tensors into nodes.
 
@@ -82,6 +88,7 @@ class Recorder(TorchFunctionMode):
         self._regions = GradRegions()
         self.autocast = AutocastRegions()
         self._known = known.Known()
+        self._sharing: dict[int, list[Node]] = {}
         self._names: dict[int, list[str]] = {}
         for name, t in (
             *model.named_parameters(remove_duplicate=False),
@@ -95,6 +102,7 @@ class Recorder(TorchFunctionMode):
         """Lets `tensor` stand for `node` from now on."""
         self._keep.append(tensor)
         self._nodes[id(tensor)] = node
+        self._sharing.setdefault(_storage(tensor), []).append(node)
 
     def rename(self, tensor: torch.Tensor, fake: torch.Tensor) -> None:
         """Lets a fake go by the names of the buffer it stands in for."""
@@ -242,9 +250,24 @@ class Recorder(TorchFunctionMode):
         node = self.create(op, target, node_args, node_kwargs)
         if changed:
             node.meta["mutates"] = tuple(dict.fromkeys(self.node_of(t) for t in changed))
+            self._overwrite(changed, node)
+        if name == "requires_grad_" and id(inputs[0]) not in self._names:
+            changed = inputs[:1]  # a tensor of the run's own stays a leaf
         out = self._fresh(out, inputs, changed)
         self._bind_results(out, node, inputs)
         return out
+
+    def _overwrite(self, changed: list[torch.Tensor], writer: Node) -> None:
+        """Notes that an in-place call wrote into whatever shares memory with these tensors."""
+        for storage in {_storage(t) for t in changed}:
+            for node in self._sharing.get(storage, ()):
+                self._known.writers.setdefault(node, []).append(writer)
+
+    def copied(self, new: dict[Node, Node]) -> None:
+        """Notes that the keys, nodes of this graph, were copied as the values."""
+        writers = self._known.writers
+        for old in [n for n in new if n in writers]:
+            writers[new[old]] = [new.get(w, w) for w in writers[old]]
 
     def _from_numpy(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Makes a tensor out of an array, which fx has no words for, a constant of the graph."""

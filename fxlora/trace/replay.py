@@ -219,6 +219,7 @@ class Replay:
             if "mutates" in node.meta:
                 copy.meta["mutates"] = tuple(new.get(n, n) for n in node.meta["mutates"])
             new[node] = copy
+        recorder.copied({n: new[n] for n in block.nodes})
         recorder.mode_reads += [moved(p) for p in block.mode_reads]
         given = {id(a): b for a, b in zip(block.inputs, inputs, strict=True)}
         return self._out(block.out, new, given)

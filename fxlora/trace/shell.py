@@ -44,6 +44,8 @@ def is_leaf(module: nn.Module) -> bool:
         return True
     if isinstance(module, _ADAPTABLE) or is_conv1d(type(module)):
         return True
+    if type(module).__name__ == "BlockDiagonalLinear":  # peft's, for BD-LoRA: one linear map
+        return True
     if module._modules:
         return False
     own = type(module).__module__.startswith(("torch.nn.", "torch.ao.nn."))

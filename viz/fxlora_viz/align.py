@@ -9,7 +9,7 @@ _LARGE = 400  # beyond this a sheet is not read row by row, and the checks below
 
 def rows(graph: nx.MultiDiGraph) -> list[list[str]]:
     """Returns groups of nodes to put on one rank, none of which contradicts an edge."""
-    wanted = _beside_a(graph)
+    wanted = _beside_w(graph)
     if graph.number_of_nodes() <= _LARGE:
         wanted += _siblings(graph) + _across(graph)
     merged = _Merged(graph)
@@ -18,10 +18,35 @@ def rows(graph: nx.MultiDiGraph) -> list[list[str]]:
     return merged.groups()
 
 
-def _beside_a(graph: nx.MultiDiGraph) -> list[list[str]]:
+def order(graph: nx.MultiDiGraph, row: list[str]) -> list[list[str]]:
+    """Returns the parts of a row that must stand from left to right: m, W, A, B of one site.
+
+    A site of one W and one A needs no such rule, and its layout is the engine's.
+    """
+    by_site: dict[str, list[str]] = {}
+    for node in row:
+        data = graph.nodes[node]
+        if data["role"] in _PLACES:
+            by_site.setdefault(data["box"], []).append(node)
+    found = []
+    for nodes in by_site.values():
+        if len(nodes) > 2:
+            # Equal places keep the order of the graph: adapter by adapter, A before B.
+            inside = [n for n in graph if n in nodes]
+            found.append(sorted(inside, key=lambda n: _PLACES[graph.nodes[n]["role"]]))
+    return found
+
+
+_PLACES = {"magnitude": 0, "base": 1, "lora_A": 2, "lora_B": 2}
+
+
+def _beside_w(graph: nx.MultiDiGraph) -> list[list[str]]:
+    """W and what stands beside it: A, DoRA's m, trainable rows, and B where it reads nothing."""
     by_site: dict[str, list[str]] = {}
     for node, data in graph.nodes(data=True):
-        if data["role"] in ("base", "lora_A"):
+        role = data["role"]
+        beside = role in ("base", "lora_A", "magnitude", "rows")
+        if beside or (role == "lora_B" and not graph.in_degree(node)):
             by_site.setdefault(data["box"], []).append(node)
     return [group for group in by_site.values() if len(group) > 1]
 
@@ -54,7 +79,9 @@ class _Merged:
     def __init__(self, graph: nx.MultiDiGraph) -> None:
         self._row = {n: n for n in graph}
         self._members = {n: [n] for n in graph}
-        self._graph = nx.DiGraph((u, v) for u, v in graph.edges() if u != v)
+        # Trainable rows enter their W from the side, on its own row.
+        level = {n for n, d in graph.nodes(data=True) if d["role"] == "rows"}
+        self._graph = nx.DiGraph((u, v) for u, v in graph.edges() if u != v and u not in level)
         self._graph.add_nodes_from(graph)
 
     def join(self, group: list[str]) -> None:

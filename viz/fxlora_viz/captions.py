@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch.fx import Node
 
 from fxlora_viz import ops
 from fxlora_viz.grouping import Group
 from fxlora_viz.names import clean, number, quantity, tensor, times
+from fxlora_viz.parts import plain_name
 from fxlora_viz.picture import Item, Weight
 from fxlora_viz.reading import Reading
 
-_ROLES = {"base": "W", "lora_A": "A", "lora_B": "B", "sum": "+"}
+_ROLES = {
+    "base": "W",
+    "lora_A": "A",
+    "diagonal": "d",
+    "lora_B": "B",
+    "magnitude": "m",
+    "rows": "rows",
+}
+_SIGNS = {"sum": "+", "delta": "@"}
+_ADAPTER = 24  # letters of an adapter's name on a node; the tooltip has all of it
 _PLAIN = ("Linear", "Embedding")  # classes whose shape already says what they are
 
 
@@ -46,6 +58,8 @@ def describe(group: Group, reading: Reading, inputs: int) -> Item:
             next((n.meta["source"].short for n in group.members if n.meta.get("source")), ""), 200
         ),
         tuple(n.name for n in group.members),
+        note=_rows_note(group),
+        whole=group.saved,
     )
 
 
@@ -57,16 +71,46 @@ def _caption(
         text = tensor(node.meta.get("shape"), node.meta.get("dtype"))
         return "input", str(node.target), (text,)
     if group.kind == "role":
-        if group.name == "sum":
-            return "circle", "+", ()
-        return "module", _ROLES[group.name], _shape_lines(weights, group.name == "base")
+        if group.name in _SIGNS:
+            return "circle", _SIGNS[group.name], ()
+        return "module", _role_title(group, reading), _role_lines(group, weights)
     if group.kind == "parameter":
-        return "parameter", _parameter_title(str(node.target)), _shape_lines(weights, True)
+        return "parameter", _parameter_title(plain_name(node)), _shape_lines(weights, True)
     if group.kind == "module":
         return "module", _module_title(group, reading), _module_lines(group, reading, weights)
     if group.kind == "op":
         return _operation(node, inputs)
     return "op", *_helper(group)
+
+
+def _role_title(group: Group, reading: Reading) -> str:
+    title = _ROLES[group.name]
+    if group.name == "base" or len(reading.info.active) < 2:
+        return title
+    # Two pairs of A and B behind one W: only the adapter's name tells them apart.
+    return f"{title} · {clean(group.members[0].meta.get('adapter', ''), _ADAPTER)}"
+
+
+def _role_lines(group: Group, weights: tuple[Weight, ...]) -> tuple[str, ...]:
+    if group.name == "magnitude":
+        return "DoRA", _count(weights)
+    if group.name == "rows" and weights:
+        rows = weights[0].shape[0]
+        said = "1 row trains" if rows == 1 else f"{rows} rows train"
+        return said, _count(weights)
+    return _shape_lines(weights, group.name in ("base", "diagonal"))
+
+
+def _rows_note(group: Group) -> str:
+    """Says which rows of an embedding train."""
+    for node in group.members[:1] if group.name == "rows" else ():
+        for put in (u for cast in node.users for u in cast.users):
+            index: Any = put.kwargs.get("index")
+            while isinstance(index, Node) and index.args and isinstance(index.args[0], Node):
+                index = index.args[0]
+            if isinstance(index, Node) and index.args:
+                return clean(f"rows {index.args[0]} of W train", 120)
+    return ""
 
 
 def _parameter_title(name: str) -> str:

@@ -89,7 +89,7 @@ class _Condenser:
         return {k: g for k, g in groups.items() if k in drawn}
 
     def _fed(self, key: str, live: set[str]) -> bool:
-        return any(s in live and self._groups.all[s].kind != "parameter" for s in self._inputs[key])
+        return any(s in live and not self._groups.all[s].is_source for s in self._inputs[key])
 
     def _varies(self, key: str) -> bool:
         """Whether a group depends on an input's values, not on sizes alone."""
@@ -119,17 +119,35 @@ class _Condenser:
                 self._origins[changed] = self._origins[node]
 
     def _passed(self, node: Node) -> tuple[_Origin, ...]:
+        if node.meta.get("role") == "magnitude":
+            return self._rescaled(node)
         inputs = node.all_input_nodes
         if ops.is_passing(node):
             inputs = inputs[:1]
         found: dict[str, _Origin] = {}
         grad = self._reading.grad.get(node)
         label = ""
-        if node.meta.get("role") == "scale" and len(node.args) > 1:
-            label = f"×{number(node.args[1])}"
+        if node.meta.get("role") == "scale" and ops.symbol(node) == "×":
+            factor = node.args[1]
+            # A scaled embedding's own factor is a tensor, and no part of the adapter's scaling.
+            label = "" if isinstance(factor, Node) else f"×{number(factor)}"
         for source in inputs:
             for origin in self._origins.get(source, ()):
                 found[origin.key] = replace(origin, label=label or origin.label, grad=grad)
+        return tuple(found.values())
+
+    def _rescaled(self, node: Node) -> tuple[_Origin, ...]:
+        """Follows DoRA's g = m / |W + s B A| and what it multiplies, and leaves out the norm.
+
+        The norm is outside the gradient, and calls A and B a second time on an identity matrix:
+        drawn, it would double every arrow of the site.
+        """
+        inputs = node.all_input_nodes
+        if node.op == "call_module" and "lora_dora_base" not in str(node.target):
+            inputs = []
+        elif node.op == "call_module" or ops.symbol(node) == "÷":
+            inputs = inputs[:1]
+        found = {o.key: o for source in inputs for o in self._origins.get(source, ())}
         return tuple(found.values())
 
     def _read(self, node: Node, group: Group) -> None:
@@ -138,9 +156,11 @@ class _Condenser:
             for origin in self._origins.get(source, ()):
                 if origin.key == group.key:
                     continue
-                label = origin.label
-                if group.name == "sum" and "alpha" in node.kwargs and _is_b(origin.key):
+                label, role = origin.label, self._groups.all[origin.key].name
+                if group.name == "sum" and "alpha" in node.kwargs and role == "delta":
                     label = f"×{number(node.kwargs['alpha'])}"
+                elif group.name == "sum" and role == "magnitude":
+                    label = "×g"
                 before = into.get(origin.key)
                 grad = origin.grad if before is None else (before.grad or origin.grad)
                 into[origin.key] = replace(origin, label=label, grad=grad)
@@ -223,20 +243,18 @@ class _Condenser:
             arrows += [Arrow(o.key, key, "", o.grad) for o in origins if (o.key, key) not in have]
 
 
-def _is_b(key: str) -> bool:
-    return key.endswith(":lora_B")
-
-
 def _facts(reading: Reading, trainable: int, total: int) -> dict[str, Any]:
-    plan = getattr(reading.info, "plan", None)
-    adapted = [s for s in plan if s.verdict == "adapted"] if plan is not None else []
-    sums = [n for n in reading.nodes if n.meta.get("role") == "sum"]
+    plans = [reading.info.adapters[name] for name in reading.info.active]
+    adapted = [s for plan in plans for s in plan if s.verdict == "adapted"]
+    # A call that several adapters, or DoRA's several sums, stand behind is still one call.
+    calls = [n for n in reading.nodes if n.meta.get("role") == "base"]
     return {
         "model": reading.info.model_class or type(reading.graph_module).__name__,
         "trainable": trainable,
         "total": total,
         "ranks": tuple(sorted({s.rank for s in adapted})),
         "alphas": tuple(sorted({s.alpha for s in adapted})),
-        "rewritten": len(sums),
-        "sites": len({str(n.meta["site"]) for n in sums}),
+        "rewritten": len(calls),
+        "sites": len({str(n.meta["site"]) for n in calls}),
+        "adapters": reading.info.active,
     }

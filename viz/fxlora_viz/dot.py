@@ -8,7 +8,7 @@ from typing import Any
 import networkx as nx
 
 from fxlora_viz import metrics, theme
-from fxlora_viz.align import rows
+from fxlora_viz.align import order, rows
 
 _OVER = {"trapezium": "invtrapezium", "invtrapezium": "trapezium"}
 
@@ -46,6 +46,7 @@ class _Writer:
         self._bare = bare
         self._mirrored = mirrored  # see `fxlora_viz.layout.read_layout`
         self._boxes: dict[str, dict[str, Any]] = graph.graph["boxes"]
+        self._rows = rows(graph)
         self._children: dict[str, list[str]] = {b: [] for b in self._boxes}
         self._nodes: dict[str, list[str]] = {b: [] for b in self._boxes}
         for box, data in self._boxes.items():
@@ -65,15 +66,29 @@ class _Writer:
             if not opening:
                 lines.append("}")
                 continue
+            if self._boxes[box]["kind"] == "panel":
+                lines += self._orders(self._boxes[box]["panel"])
             lines.append(f'subgraph "cluster_{box}" {{')
             lines.append(_attributes(self._box(box), ";"))
             lines += [f'"{n}" [{_attributes(self._node(n))}];' for n in self._nodes[box]]
             todo.append((box, False))
             todo += [(b, True) for b in reversed(self._children[box])]
         lines += self._edges()
-        for row in rows(self._graph):
+        for row in self._rows:
             lines.append("{rank=same; " + "; ".join(f'"{n}"' for n in row) + "}")
         return lines
+
+    def _orders(self, panel: str) -> list[str]:
+        """Returns invisible edges from left to right.
+
+        They stand before the panel: an engine may forget the ones it reads after the clusters.
+        """
+        return [
+            " -> ".join(f'"{n}"' for n in nodes) + ' [style="invis"];'
+            for row in self._rows
+            for nodes in order(self._graph, row)
+            if self._graph.nodes[nodes[0]]["panel"] == panel
+        ]
 
     def _box(self, box: str) -> dict[str, Any]:
         data = self._boxes[box]

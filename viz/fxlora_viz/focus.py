@@ -54,8 +54,9 @@ def _cut(item: Item, path: str) -> Item:
 def _stub(item: Item, kind: str) -> Item:
     name = (item.site or item.path or item.title).rpartition(".")[2]
     text = tensor(item.shape, item.dtype)
+    key = item.key.partition(":")[0] if item.role == "sum" else item.key
     return Item(
-        f"{kind}:{item.key.removesuffix(':sum')}",
+        f"{kind}:{key}",
         kind,
         clean(name) if kind == "input" else "output",
         (text,) if text else (),

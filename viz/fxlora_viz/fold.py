@@ -99,7 +99,7 @@ def _look(item: Item, block: str) -> tuple[Any, ...]:
     title = item.title if item.kind != "module" else ""
     return (
         item.kind, inner(item.path), title, item.type, item.lines, dims, str(item.dtype),
-        item.role, inner(item.site), item.adapter, weights,
+        item.role, inner(item.site), item.adapter, inner(item.whole), weights,
     )  # fmt: skip
 
 
@@ -127,6 +127,7 @@ class _Folder:
         self._boxes: dict[str, Box] = {}
         self._home: dict[str, str] = {}
         self._entries: list[tuple[str, Frame]] = []
+        self._whole: set[str] = set()  # modules trained as a whole whose box says so
 
     def result(self) -> Panel:
         """Returns the folded panel."""
@@ -156,6 +157,8 @@ class _Folder:
             if 0 < reached < len(grads):
                 note = f"gradient in {reached} of {len(grads)} blocks"
                 item = replace(item, grad=True, note=note)
+            if item.whole and item.whole not in self._whole and item.weights:
+                item = replace(item, lines=(*item.lines, "trained as a whole"))
             found[key] = item
         return found
 
@@ -286,6 +289,11 @@ class _Folder:
             note = (
                 f"{note}, called {segment.count} times" if segment.calls else f"{note}, identical"
             )
+        if all(self._panel.items[k].whole in (path, "") for k in segment.keys) and any(
+            self._panel.items[k].whole for k in segment.keys
+        ):
+            note = f"{note}, trained as a whole".removeprefix(", ")
+            self._whole.add(path)
         self._boxes[key] = Box(key, kind, _box_label(segment, path), note, segment.count, parent)
         if kind != "module" and len(segment.keys) > 1:
             self._entries.append((key, frame))
@@ -299,9 +307,7 @@ class _Folder:
             base = key.partition(":")[0]
             box = f"site:{base}"
             if box not in self._boxes:
-                label = item.site.rpartition(".")[2]
-                if item.type == "Parameter" or (label.isdigit() and "." in item.site):
-                    label = ".".join(item.site.split(".")[-2:])
+                label = _site_label(item)
                 parent = self._home.get(key, "")
                 self._boxes[box] = Box(box, "site", clean(label, 60), parent=parent)
             self._home[key] = box
@@ -356,6 +362,15 @@ def _box_label(segment: _Segment, path: str) -> str:
         # by their ends all the same.
         name = f"{name} … {segment.last.rpartition('.')[2]}"
     return clean(name, 80)
+
+
+def _site_label(item: Item) -> str:
+    label = item.site.rpartition(".")[2]
+    if item.type == "MultiheadAttention" and item.weights:
+        return item.weights[0].name.rpartition(".")[2].removesuffix("_weight")  # in_proj
+    if item.type == "Parameter" or (label.isdigit() and "." in item.site):
+        return ".".join(item.site.split(".")[-2:])
+    return label
 
 
 def _add_entry(panel: Panel, box: str, frame: Frame) -> None:

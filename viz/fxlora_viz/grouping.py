@@ -8,6 +8,7 @@ import networkx as nx
 from torch.fx import Node
 
 from fxlora_viz import ops
+from fxlora_viz.parts import SOURCES, Part, call_key, parts_of, plain_name
 from fxlora_viz.reading import Frames, Reading
 
 # Functions every model has: their operations are the module's own.
@@ -35,6 +36,7 @@ class Group:
         frames: the module calls around, with its own for a module.
         members: the nodes, in order.
         name: the helper's name, the role.
+        saved: the module trained as a whole that the group is, or is part of.
     """
 
     key: str
@@ -43,6 +45,12 @@ class Group:
     frames: Frames
     members: list[Node] = field(default_factory=list)
     name: str = ""
+    saved: str = ""
+
+    @property
+    def is_source(self) -> bool:
+        """Whether the group only holds parameters: it makes a value of nothing else."""
+        return self.kind == "parameter" or (self.kind == "role" and self.name in SOURCES)
 
 
 class Groups:
@@ -54,6 +62,7 @@ class Groups:
         self._depth = depth
         self.of: dict[Node, Group] = {}
         self.all: dict[str, Group] = {}
+        self._parts = parts_of(reading.nodes)
         self._run: list[Node] = []
         self._run_frames: Frames = ()
         for node in reading.nodes:
@@ -72,34 +81,42 @@ class Groups:
         frames = self._reading.frames(node)
         if node.op == "placeholder":
             self._join(f"input:{node.name}", "input", "", (), node)
-        elif "role" in node.meta:
-            self._place_role(node, frames)
+        elif node in self._parts:
+            self._place_part(node, self._parts[node], frames)
+        elif node.meta.get("role", "saved") != "saved":
+            self._place_rest(node, frames)
         elif (whole := self._whole(frames)) is not None:
             path, call = frames[whole]
-            self._join(_call_key(path, call), "module", path, frames[: whole + 1], node)
+            self._join(call_key(path, call), "module", path, frames[: whole + 1], node)
         elif node.op == "get_attr":
             if next(self._reading.weights(node), None) is not None:
                 self._join(f"parameter:{node.name}", "parameter", _path(frames), frames, node)
         elif node.op == "call_module":
-            path, call = frames[-1] if frames else (str(node.target), 0)
-            self._join(_call_key(path, call), "module", path, frames, node)
+            path, call = frames[-1] if frames else (plain_name(node), 0)
+            self._join(call_key(path, call), "module", path, frames, node)
         elif not ops.is_passing(node):
             self._extend_run(node, frames)
 
-    def _place_role(self, node: Node, frames: Frames) -> None:
-        role, site = str(node.meta["role"]), str(node.meta["site"])
-        # A bare parameter has no call of its own: its owner's call stands for it.
-        owner = site if any(p == site for p, _ in frames) else site.rpartition(".")[0]
-        at = next((i for i, (p, _) in enumerate(frames) if p == owner), len(frames))
+    def _place_part(self, node: Node, part: Part, frames: Frames) -> None:
+        if self._place_rest(node, frames, part.site):
+            return
+        at = _owner(frames, part.site)
+        around = frames
+        if at < len(frames) and frames[at][0] != part.site:
+            # The box of a module that is more than its parameters goes around their sites.
+            around = frames[:at] if self._reading.is_simple(frames[at][0]) else frames[: at + 1]
+        name = "" if part.role == "base" else f":{part.role}{part.suffix}"
+        self._join(part.unit + name, "role", part.site, around, node, part.role)
+
+    def _place_rest(self, node: Node, frames: Frames, site: str = "") -> bool:
+        """Puts an inserted node into the closed module around its site, if there is one."""
+        at = _owner(frames, site or str(node.meta["site"]))
         whole = self._whole(frames)
-        if whole is not None and whole < at:
-            path, call = frames[whole]
-            self._join(_call_key(path, call), "module", path, frames[: whole + 1], node)
-        elif role in ("base", "lora_A", "lora_B", "sum"):
-            call = frames[at][1] if at < len(frames) else 0
-            around = frames if owner == site else frames[:at]
-            name = "" if role == "base" else f":{role}"
-            self._join(_call_key(site, call) + name, "role", site, around, node, role)
+        if whole is None or whole >= at:
+            return False
+        path, call = frames[whole]
+        self._join(call_key(path, call), "module", path, frames[: whole + 1], node)
+        return True
 
     def _whole(self, frames: Frames) -> int | None:
         """Returns the index of the outermost frame that is drawn as one node, if any."""
@@ -116,6 +133,8 @@ class Groups:
         group = self.all.get(key)
         if group is None:
             group = self.all[key] = Group(key, kind, path, frames, name=name)
+        if node.meta.get("role") == "saved" and _inside(path, str(node.meta["site"])):
+            group.saved = str(node.meta["site"])
         group.members.append(node)
         self.of[node] = group
 
@@ -222,8 +241,20 @@ def _function(node: Node) -> str:
     return "" if name in _OWN or (name.startswith("<") and name.endswith(">")) else name
 
 
-def _call_key(path: str, call: int) -> str:
-    return path if call == 0 else f"{path}#{call}"
+def _owner(frames: Frames, site: str) -> int:
+    """Returns the index of the frame of a site, else of its owner, else how many frames there are.
+
+    A bare parameter has no call of its own: its owner's call stands for it.
+    """
+    for path in (site, site.rpartition(".")[0]):
+        at = next((i for i, (p, _) in enumerate(frames) if p == path), None)
+        if at is not None:
+            return at
+    return len(frames)
+
+
+def _inside(path: str, module: str) -> bool:
+    return f"{path}.".startswith(f"{module}.")
 
 
 def _path(frames: Frames) -> str:

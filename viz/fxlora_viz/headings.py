@@ -39,6 +39,8 @@ def heading(facts: dict[str, Any], index: int, count: int) -> tuple[str, Parts]:
 def _settings(facts: dict[str, Any]) -> str:
     calls, sites = int(facts["rewritten"]), int(facts["sites"])
     said = []
+    if len(facts.get("adapters", ())) > 1:
+        said.append(f"{len(facts['adapters'])} adapters")
     if facts.get("ranks"):
         said.append(f"r = {_range(facts['ranks'])}")
     if facts.get("alphas"):

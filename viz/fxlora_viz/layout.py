@@ -65,7 +65,7 @@ def read_layout(text: bytes, mirrored: bool = False) -> Layout:
     edges = {
         int(e["id"].removeprefix("e")): _route(e["pos"], e.get("lp"), flip)
         for e in data.get("edges", ())
-        if "pos" in e
+        if "pos" in e and "id" in e
     }
     return Layout(width, height, nodes, boxes, edges)
 

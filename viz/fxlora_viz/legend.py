@@ -46,6 +46,8 @@ def _entries(graph: nx.MultiDiGraph) -> list[tuple[str, float, str]]:
         (bool(states & {"trainable", "partly"}), _box("trainable"), 30,
          "trainable (requires_grad=True)"),
         (any(d["role"] == "lora_A" for d in nodes), _hourglass(), 34, "lora_A, lora_B: trainable"),
+        (any(d["role"] == "magnitude" for d in nodes), _m(), 30,
+         "DoRA: the sum is rescaled by g = m / |W + sBA|"),
         (any(d["matched"] for d in nodes), _box("trainable fx_matched"), 30, "matched call site"),
         (any(d["style"] == "op" for d in nodes), _box("op"), 30, "operation, no parameters"),
         (any(d["style"] == "added" for d in edges), _line("added"), 30, "added by the rewrite"),
@@ -57,6 +59,11 @@ def _entries(graph: nx.MultiDiGraph) -> list[tuple[str, float, str]]:
 
 def _box(style: str) -> str:
     return f'<g class="fx_{style}"><rect class="s" x="1" y="-8" width="28" height="16" rx="5"/></g>'
+
+
+def _m() -> str:
+    text = '<text class="t m" x="15" y="4" font-size="11">m</text>'
+    return _box("trainable").replace("</g>", f"{text}</g>")
 
 
 def _hourglass() -> str:

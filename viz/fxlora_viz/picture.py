@@ -33,7 +33,7 @@ class Item:
         dtype: of the result.
         grad: whether gradient reaches the result; None when unknown.
         weights: the parameters read here.
-        role: "", "base", "lora_A", "lora_B" or "sum".
+        role: "", or the part of its site (see `fxlora_viz.parts`).
         site: the site the item belongs to after a rewrite.
         adapter: name of the adapter.
         source: the line of the model's code.
@@ -42,6 +42,7 @@ class Item:
         tag_keys: what those are computed from and in which module calls, to tell layers apart that
             read different ones.
         note: what else a reader should know.
+        whole: path of the module trained as a whole that the item is, or is part of.
     """
 
     key: str
@@ -63,6 +64,7 @@ class Item:
     tags: tuple[str, ...] = ()
     tag_keys: tuple[tuple[str, tuple[tuple[str, int], ...]], ...] = ()
     note: str = ""
+    whole: str = ""
 
     @property
     def params(self) -> int:

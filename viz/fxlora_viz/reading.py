@@ -9,11 +9,12 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from fxlora.facts import KEY, TraceInfo
+from fxlora.rewrite import part_paths
 from fxlora_viz import ops
 from fxlora_viz.picture import Weight
 
 Frames = tuple[tuple[str, int], ...]
-_ADAPTER_ROLES = ("lora_A", "lora_B", "cast", "dropout")
+_ADAPTER_ROLES = ("lora_A", "lora_B", "cast", "dropout", "saved")
 
 
 class Reading:
@@ -80,6 +81,9 @@ class Reading:
 
     def _adapter_prefixes(self) -> tuple[str, ...]:
         found: dict[str, None] = {}
+        for plan in self.info.adapters.values():  # adapters that are not active hang there too
+            for path in part_paths(plan):
+                found[path + "."] = found[path] = None
         for node in self.nodes:
             if node.meta.get("role") in _ADAPTER_ROLES and node.op in ("call_module", "get_attr"):
                 path = str(node.target)

@@ -11,6 +11,16 @@ from fxlora_viz.headings import heading
 from fxlora_viz.names import clean, identifier, quantity, tensor
 from fxlora_viz.picture import Arrow, Box, Item, Panel
 
+_ADDED = ("lora_A", "diagonal", "lora_B", "delta", "magnitude", "rows")
+_TOLD = {
+    "base": "frozen base",
+    "sum": "base(x) + scaling · B(A(x))",
+    "delta": "the weight B A",
+    "diagonal": "the diagonal between lora_A and lora_B",
+    "magnitude": "DoRA: the sum is rescaled by m / |W + scaling · B A|",
+    "rows": "trainable rows in place of those of W",
+}
+
 
 def view(panels: list[Panel]) -> nx.MultiDiGraph:
     """Returns the graph of a sheet.
@@ -34,7 +44,13 @@ def _sites(panels: list[Panel]) -> dict[str, None]:
     """Returns the modules that own a site of the last panel, to mark them in the first."""
     if len(panels) < 2:
         return {}
-    return {i.site: None for i in panels[-1].items.values() if i.site}
+    panel = panels[-1]
+    read = {a.target for a in panel.arrows}
+    found = {i.site: None for i in panel.items.values() if i.site}
+    for key, item in panel.items.items():
+        if item.role == "base" and key not in read:  # a weight that is read, not a layer's call
+            found.update((w.name, None) for w in item.weights)
+    return found
 
 
 class _Sheet:
@@ -103,7 +119,7 @@ class _Sheet:
         spine = nx.DiGraph(e for e in plain.edges if e not in skips)
         for a in arrows:
             source, target = items[a.source], items[a.target]
-            added = source.role in ("lora_A", "lora_B") or target.role == "lora_A"
+            added = source.role in _ADDED or target.role == "lora_A"
             style = "added" if added else "quiet" if a.grad is False else "kept"
             skip = (a.source, a.target) in skips
             alone = not skip and spine.out_degree(a.source) == 1 == spine.in_degree(a.target)
@@ -157,10 +173,13 @@ def _skips(graph: nx.DiGraph, items: dict[str, Item]) -> set[tuple[str, str]]:
 def _weight(source: Item, target: Item, alone: bool, skip: bool) -> int:
     if skip:
         return 1
-    if source.role == "lora_A":
+    if target.role == "delta":
+        return 5  # between A and B
+    if source.role in ("lora_A", "diagonal"):
         return 20
     if target.role == "sum":
-        return 20 if source.role == "base" else 3  # W above the sum, the branch from the side
+        # W above the sum, the branch from the side.
+        return 20 if source.role in ("base", "sum") else 3
     if source.role == "sum":
         return 4
     if alone or target.kind == "entry":
@@ -196,7 +215,7 @@ def _shape(item: Item) -> str:
 def _style(item: Item) -> str:
     if item.kind in ("input", "output"):
         return "io"
-    if item.role == "sum":
+    if item.role in ("sum", "delta"):
         return "trainable"
     if item.kind == "circle":
         return "sum"
@@ -220,8 +239,16 @@ def _size(shape: str, title: str, lines: tuple[str, ...]) -> tuple[float, float]
         0.0,
     )
     if shape != "box":
-        # The short side of a trapezium holds the title, its middle the shape.
-        width = max(theme.TRAPEZIUM[0], (wide + 10) / (1 - theme.SLANT))
+        # The middle of a trapezium holds the shape, below it or above it the short side; a title
+        # longer than one letter reaches into the corners there.
+        low = max((metrics.width(t, theme.TEXT) for t in lines), default=0.0)
+        short = metrics.width(title, theme.TITLE, bold=True)
+        width = max(
+            theme.TRAPEZIUM[0],
+            (wide + 10) / (1 - theme.SLANT),
+            (low + 8) / (1 - 1.5 * theme.SLANT),
+            (short + 6) / (1 - 1.7 * theme.SLANT) if len(title) > 1 else 0.0,
+        )
         return round(width, 2), theme.TRAPEZIUM[1]
     height = 26.5 + 13.5 * len(lines) + (2.0 if lines else 0.0)
     return round(wide + theme.PAD, 2), height
@@ -235,7 +262,9 @@ def _tooltip(item: Item, matched: bool) -> str:
     if len(item.weights) > 6:
         weights.append(f"… and {len(item.weights) - 6} more parameters")
     head = clean(item.site or item.path or item.title, 160)
-    role = {"base": "frozen base", "sum": "base(x) + scaling · B(A(x))"}.get(item.role, item.role)
+    role = _TOLD.get(item.role, item.role)
+    if item.role and " · " in item.title:  # one of several adapters
+        role += f", adapter {clean(item.adapter, 80)}"
     rows = [
         f"{head}: {clean(item.type, 80)}" + (f" ({role})" if role else ""),
         f"{quantity(item.params)} params" if item.weights else "",

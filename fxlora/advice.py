@@ -1,0 +1,141 @@
+"""What a reader of a plan should know: targets that match nothing, layers that will not run, errors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from fxlora import extras, matching
+from fxlora.errors import did_you_mean
+from fxlora.text import count
+
+if TYPE_CHECKING:
+    from fxlora.plan import PlannedSite
+
+_MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+_NOT_ON_MAMBA = ("out_proj", "conv1d")
+
+
+def warnings_of(
+    asked: tuple[str, ...],
+    config: Any,
+    planned: Sequence[PlannedSite],
+    saved: Sequence[extras.SavedModule],
+    model_type: str | None,
+) -> Iterator[str]:
+    """Yields one sentence for everything a reader should know before training.
+
+    Args:
+        asked: target_modules as the user wrote them.
+        config: the resolved configuration.
+        planned: every site with its verdict.
+        saved: the modules trained as a whole.
+        model_type: of a transformers model.
+    """
+    names = [p.name for p in planned if p.kind != "Parameter"]
+    last = sorted({n.rpartition(".")[2] for n in names})
+    for target in asked:
+        hit = any(n == target or n.endswith(f".{target}") for n in names)
+        renamed = config.target_modules is not None and target not in config.target_modules
+        if not hit and not renamed:
+            yield f"target_modules entry {target!r} matches nothing.{did_you_mean(target, last)}"
+    for which in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, which):
+            hit = any(matching.pattern_value({key: 1}, p.name, 0)[0] for p in planned if p.adapted)
+            if not hit:
+                yield f"{which} key {key!r} matches no adapted site"
+    for entry in extras.missing_entries(config, saved):
+        yield f"modules_to_save entry {entry!r} matches no module, and PEFT says nothing of it"
+    yield from _whole_modules(saved)
+    yield from _odd_layers(planned)
+    # peft.tuners.tuners_utils._check_lora_target_modules_mamba
+    refused = [p.name for p in planned if p.adapted and p.name.rpartition(".")[2] in _NOT_ON_MAMBA]
+    if model_type in _MAMBA and refused:
+        yield (
+            f"peft refuses {refused[0].rpartition('.')[2]!r} on {model_type} models (its kernels "
+            f"read the weight directly): leave out {', '.join(map(repr, _NOT_ON_MAMBA))}"
+        )
+    uncalled = [p.name for p in planned if p.adapted and not p.site.calls]
+    if uncalled:
+        yield f"{count(len(uncalled), 'adapted site')} never called on the traced path: " + (
+            ", ".join(uncalled[:3]) + (", ..." if len(uncalled) > 3 else "")
+        )
+    bypassed = [p.name for p in planned if p.adapted and p.bypassed]
+    if bypassed:
+        yield f"{count(len(bypassed), 'adapted site')} read without going through the module: " + (
+            ", ".join(bypassed[:3]) + (", ..." if len(bypassed) > 3 else "")
+        )
+
+
+def _whole_modules(saved: Sequence[extras.SavedModule]) -> Iterator[str]:
+    """Names an entry that hits several modules: an entry is a suffix of the name, without a dot."""
+    hits: dict[str, list[str]] = {}
+    for s in saved:
+        hits.setdefault(s.entry, []).append(s.name)
+    for entry, names in hits.items():
+        if len(names) > 1:
+            numel = sum(s.numel for s in saved if s.entry == entry)
+            yield (
+                f"modules_to_save entry {entry!r} trains {len(names)} modules as a whole "
+                f"({numel:,} parameters): {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+            )
+
+
+def _odd_layers(planned: Sequence[PlannedSite]) -> Iterator[str]:
+    """Finds adapted layers whose forward is not the linear map of their weight.
+
+    A subclass of nn.Linear may return a tuple or another shape; PEFT's wrapper fails there when it
+    runs, and so would ours.
+    """
+    for p in planned:
+        if not p.adapted or p.kind not in ("Linear", "Conv1D"):
+            continue
+        for call in p.site.calls:
+            x = next(iter(call.node.all_input_nodes), None)
+            given = None if x is None else x.meta.get("shape")
+            if call.node.op != "call_module" or given is None:
+                continue
+            expected = (*given[:-1], p.site.out_features)
+            got = call.node.meta.get("shape")
+            if got != expected:
+                what = "a tuple" if got is None else f"shape {got}"
+                yield (
+                    f"{p.name} is a {p.site.type_name} that returns {what} where a linear layer "
+                    f"gives {expected}: the adapted model fails when it runs, in PEFT too. "
+                    f"Leave it out with exclude_modules=[{p.name!r}]"
+                )
+                break
+
+
+def no_match(config: Any, asked: tuple[str, ...], planned: Sequence[PlannedSite]) -> str:
+    """Returns the message for a configuration that adapts nothing: what there was, and what is near."""
+    names = [p.name for p in planned]
+    shown = config.target_modules if isinstance(config.target_modules, str) else asked
+    if config.target_parameters and not config.target_modules:
+        return (
+            f"target_parameters={list(config.target_parameters)!r} selected no parameter; an entry "
+            f"is a parameter's name or a dotted suffix of it. The sites are {names[:12]}"
+        )
+    last = list(dict.fromkeys(n.rpartition(".")[2] for n in names))
+    listed = str(last[:12])[:-1] + (", ...]" if len(last) > 12 else "]")
+    if not names:
+        return "the model has no linear site at all, so there is nothing to adapt"
+    if names == [""]:
+        return (
+            f"target_modules={shown!r} selected nothing: the model itself is the linear layer, and "
+            "PEFT never adapts the root. Wrap it and name it: nn.Sequential(OrderedDict(linear=...))"
+        )
+    excluded = [p.name for p in planned if p.verdict == "excluded"]
+    if excluded and len(excluded) == len(names):
+        return f"all {len(names)} linear sites are excluded: {planned[0].reason}"
+    near = ""
+    if not isinstance(shown, str) and shown:
+        near = did_you_mean(shown[0], [*last, *names])
+    elif isinstance(shown, str) and shown in last:
+        near = f" A string is one pattern for the whole name; write [{shown!r}] for a suffix."
+    limited = [p.reason for p in planned if p.rule == "layer"]
+    why = f" {limited[0]}." if limited else ""
+    return (
+        f"target_modules={shown!r} selected none of the {len(names)} linear sites {listed}."
+        f"{why}{near}"
+    )
