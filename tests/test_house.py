@@ -22,7 +22,7 @@ LAYERS = [
     ["trace.tracer"],
     ["trace"],
     ["example_inputs", "sites", "config", "matching", "freezing"],
-    ["gradients", "runtime"],
+    ["gradients", "runtime", "slices"],
     ["initialise", "layers", "extras", "targets"],
     ["advice"],
     ["plan"],
