@@ -32,7 +32,7 @@ def warnings_of(
         saved: the modules trained as a whole.
         model_type: of a transformers model.
     """
-    names = [p.name for p in planned if p.kind != "Parameter"]
+    names = [n for p in planned if p.kind != "Parameter" for n in _known_as(p)]
     last = sorted({n.rpartition(".")[2] for n in names})
     for target in asked:
         hit = any(n == target or n.endswith(f".{target}") for n in names)
@@ -41,7 +41,12 @@ def warnings_of(
             yield f"target_modules entry {target!r} matches nothing.{did_you_mean(target, last)}"
     for which in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, which):
-            hit = any(matching.pattern_value({key: 1}, p.name, 0)[0] for p in planned if p.adapted)
+            hit = any(
+                matching.pattern_value({key: 1}, n, 0)[0]
+                for p in planned
+                if p.adapted
+                for n in _known_as(p)
+            )
             if not hit:
                 yield f"{which} key {key!r} matches no adapted site"
     for entry in extras.missing_entries(config, saved):
@@ -67,6 +72,14 @@ def warnings_of(
         )
 
 
+def _known_as(planned: PlannedSite) -> tuple[str, ...]:
+    """Returns what a target may call a site: a part by either name, a single call by its layer's."""
+    site = planned.site
+    if site.rows:
+        return (site.name.partition(".call_")[0], *site.aliases)
+    return (site.owner,)
+
+
 def _whole_modules(saved: Sequence[extras.SavedModule]) -> Iterator[str]:
     """Names an entry that hits several modules: an entry is a suffix of the name, without a dot."""
     hits: dict[str, list[str]] = {}
@@ -88,7 +101,7 @@ def _odd_layers(planned: Sequence[PlannedSite]) -> Iterator[str]:
     runs, and so would ours.
     """
     for p in planned:
-        if not p.adapted or p.kind not in ("Linear", "Conv1D"):
+        if not p.adapted or p.kind not in ("Linear", "Conv1D") or p.site.rows:
             continue
         for call in p.site.calls:
             x = next(iter(call.node.all_input_nodes), None)

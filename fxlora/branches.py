@@ -21,7 +21,8 @@ from torch.nn import functional as F
 from fxlora.layers import is_conv
 from fxlora.nodes import Entry, Inserter, attribute, input_of, redirect, wide
 from fxlora.plan import PlannedSite
-from fxlora.runtime import DoraBase, cast_like
+from fxlora.runtime import DoraBase, add_rows, cast_like
+from fxlora.slices import blocks
 from fxlora.tree import hang
 
 
@@ -80,6 +81,8 @@ class _Branch:
         if self._planned.variant == "dora":
             return x, self._dora(x, dropped, result)
         scaled = self._scaled(self._low_rank(dropped))
+        if self._planned.site.rows:
+            return x, self._spread(result, scaled)
         if self._planned.variant.startswith("bdlora"):
             return x, self._in_place(result, scaled)
         if self._planned.casts_branch:
@@ -108,7 +111,13 @@ class _Branch:
                 "lora_A", self._path("lora_diag"), self._module("lora_diag")
             )
             a = self._new.method("lora_A", "mul", (a, diagonal), a)
-        return self._new.add("lora_B", "call_module", self._path("lora_B"), (a,), self._shape, to)
+        return self._new.add("lora_B", "call_module", self._path("lora_B"), (a,), self._outer(), to)
+
+    def _outer(self) -> Any:
+        """Returns the shape of the branch's result: of a part's rows only."""
+        if self._shape is None or not self._planned.site.rows:
+            return self._shape
+        return (*self._shape[:-1], self._planned.site.out_features)
 
     def _scaled(self, b: Node) -> Node:
         return self._new.method("scale", "mul", (b, self._planned.scaling), b)
@@ -116,6 +125,14 @@ class _Branch:
     def _sum(self, result: Node, more: Node) -> Node:
         dtype = wide(result.meta.get("dtype"), more.meta.get("dtype"))
         return self._new.add("sum", "call_method", "add", (result, more), self._shape, dtype)
+
+    def _spread(self, result: Node, more: Node) -> Node:
+        """Adds a part's branch to its rows of the fused layer's output."""
+        dtype = wide(result.meta.get("dtype"), more.meta.get("dtype"))
+        where = {"blocks": blocks(self._planned.site.rows), "dim": -1}
+        return self._new.add(
+            "sum", "call_function", add_rows, (result, more), self._shape, dtype, where
+        )
 
     def _in_place(self, result: Node, more: Node) -> Node:
         """Adds in place, as peft's BD-LoRA does, so the sum is rounded to the base's dtype."""
@@ -129,7 +146,7 @@ class _Branch:
         """Looks the indices up in lora_embedding_A.T; no casts and no dropout, as in peft."""
         new, planned = self._new, self._planned
         a, b = self._module("lora_embedding_A"), self._module("lora_embedding_B")
-        layer = self._root.get_submodule(str(self._base.target))
+        layer = self._root.get_submodule(planned.site.owner)
         a_t = self._turned("lora_A", "lora_embedding_A", a)
         after_a = new.add(
             "lora_A", "call_function", F.embedding, (x, a_t), self._inner(), a.dtype,
@@ -141,7 +158,9 @@ class _Branch:
         if planned.variant == "dora":
             return self._dora_rows(result, after_a, a_t, b_t)
         out = new.add("lora_B", "call_method", "matmul", (after_a, b_t), self._shape, b.dtype)
-        scaled = scaled_rows(self._new, self._root, str(self._base.target), self._scaled(out))
+        scaled = self._scaled(out)
+        if self._base.op == "call_module":  # a lookup past the module is not scaled by its forward
+            scaled = scaled_rows(self._new, self._root, planned.site.owner, scaled)
         return self._sum(result, scaled)
 
     def _turned(self, role: str, name: str, value: torch.Tensor) -> Node:

@@ -1,4 +1,10 @@
-"""PEFT's adapter directories, in and out: safetensors and JSON, nothing is ever unpickled."""
+"""PEFT's adapter directories, in and out: safetensors and JSON, nothing is ever unpickled.
+
+An adapter PEFT cannot represent (see `fxlora.reach`) is written beside, not as, one of PEFT's: its
+settings are in `fxlora_config.json`, `{"format": 1, "reach": [...], "config": {...}}` with PEFT's own
+fields under "config", and there is no `adapter_config.json`, so that PEFT refuses the directory
+instead of loading a part of it.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +22,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from fxlora import adapters
+from fxlora.blocks import as_whole_layers
 from fxlora.check import Check, check_tensors
 from fxlora.config import init_name, task_heads
 from fxlora.errors import AdapterError, CheckpointError, did_you_mean
@@ -23,12 +30,19 @@ from fxlora.facts import info
 from fxlora.keys import entries
 from fxlora.plan import ADAPTER, Plan, corrected_fan_in_fan_out
 from fxlora.plan import plan as make_plan
+from fxlora.reach import checked
 
 WEIGHTS, CONFIG, PICKLED = "adapter_model.safetensors", "adapter_config.json", "adapter_model.bin"
+BEYOND = "fxlora_config.json"
+_FORMAT = 1
 
 
 def save_adapter(
-    lora: GraphModule, directory: str | os.PathLike[str], adapter: str = ADAPTER
+    lora: GraphModule,
+    directory: str | os.PathLike[str],
+    adapter: str = ADAPTER,
+    *,
+    as_peft: bool = False,
 ) -> Path:
     """Writes an adapter as `PeftModel.save_pretrained` does; peft loads it.
 
@@ -36,10 +50,15 @@ def save_adapter(
     all. An adapter by another name than "default" goes to a folder of its name, as in PEFT. The
     keys of rank_pattern and alpha_pattern keep their order, which PEFT's own file loses.
 
+    An adapter that reaches further than PEFT can (`reach=` of `fxlora.plan`) is written in a form of
+    our own that PEFT refuses, and a warning says so.
+
     Args:
         lora: a rewritten graph, with its values.
         directory: made when it is not there.
         adapter: the adapter's name; it is not stored.
+        as_peft: whether to write adapters of parts of fused layers as what they are to PEFT: one
+            adapter of the whole layer with a block-diagonal lora_B and the sum of the ranks.
 
     Returns:
         The folder that holds the files.
@@ -58,12 +77,37 @@ def save_adapter(
     empty = next((k for k, t in tensors.items() if t.device.type == "meta"), None)
     if empty is not None:
         raise CheckpointError(f"{empty} is on the meta device and has no values to save")
-    settings = settings_of(facts.adapters[adapter], facts.model)
+    plan: Plan = facts.adapters[adapter]
+    name = BEYOND if plan.beyond_peft and not as_peft else CONFIG
+    if as_peft and plan.beyond_peft:
+        config, tensors = as_whole_layers(plan, tensors)
+        plan = dataclasses.replace(plan, config=config, sites=_as_layers(plan))
+    settings = settings_of(plan, facts.model)
+    if name == BEYOND:
+        settings = {"format": _FORMAT, "reach": list(plan.reach), "config": settings}
     folder = Path(directory) if adapter == ADAPTER else Path(directory) / adapter
     folder.mkdir(parents=True, exist_ok=True)
     _write_tensors(folder / WEIGHTS, tensors)
-    _write(folder / CONFIG, json.dumps(settings, indent=2).encode())
+    _write(folder / name, json.dumps(settings, indent=2).encode())
+    # A configuration of the other form, from an earlier save, would speak of other tensors.
+    (folder / (CONFIG if name == BEYOND else BEYOND)).unlink(missing_ok=True)
+    if name == BEYOND:
+        warnings.warn(
+            f"{folder}: written in fxlora's own form ({BEYOND}), which PEFT refuses to load, because "
+            f"{plan.beyond_peft[0]}. load_adapter reads it",
+            stacklevel=2,
+        )
     return folder
+
+
+def _as_layers(plan: Plan) -> tuple[Any, ...]:
+    """Returns the planned sites with parts named as their layers, for what depends on the names."""
+    return tuple(
+        dataclasses.replace(
+            p, site=dataclasses.replace(p.site, name=p.site.owner, of="", rows=())
+        ) if p.adapted else p
+        for p in plan.sites
+    )  # fmt: skip
 
 
 def tensors_of(lora: GraphModule, adapter: str) -> dict[str, torch.Tensor]:
@@ -169,17 +213,17 @@ def load_adapter(
         CheckpointError: when the directory does not fit; then nothing was loaded.
     """
     folder = find(directory, adapter)
-    config = read_config(folder)
+    config, reach = read_config(folder), read_reach(folder)
     config.inference_mode = not trainable
     tensors = read_tensors(folder)
     facts = info(graph)
     if adapter in facts.adapters:
-        _check_same(facts.adapters[adapter], _planned(facts.base, config, adapter), folder)
+        _check_same(facts.adapters[adapter], _planned(facts.base, config, adapter, reach), folder)
         made = graph
     else:
         _check_redrawn(config, folder, strict)
         base = facts.base if facts.base is not None else graph
-        made = adapters.add(graph, _planned(base, config, adapter), adapter)
+        made = adapters.add(graph, _planned(base, config, adapter, reach), adapter)
     report = check_tensors(made, adapter, tensors, config)
     if not report.fits:
         if strict:
@@ -189,9 +233,9 @@ def load_adapter(
     return made
 
 
-def _planned(base: GraphModule, config: Any, adapter: str) -> Plan:
+def _planned(base: GraphModule, config: Any, adapter: str, reach: tuple[str, ...]) -> Plan:
     try:
-        return make_plan(base, config, adapter)
+        return make_plan(base, config, adapter, reach=reach)
     except ValueError as e:
         raise CheckpointError(f"{CONFIG} does not fit the model: {e}") from e
 
@@ -204,7 +248,7 @@ def find(directory: str | os.PathLike[str], adapter: str = ADAPTER) -> Path:
     """
     start = Path(directory)
     for folder in (start, start / adapter):
-        if not (folder / CONFIG).is_file():
+        if not (folder / CONFIG).is_file() and not (folder / BEYOND).is_file():
             continue
         if (folder / WEIGHTS).is_file():
             return folder
@@ -227,11 +271,9 @@ def read_config(folder: Path) -> Any:
     """
     from peft import LoraConfig
 
-    path = folder / CONFIG
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
-        raise CheckpointError(f"{path}: not a readable JSON file: {e}") from None
+    path, settings = _settings(folder)
+    if path.name == BEYOND:
+        settings = settings.get("config")
     if not isinstance(settings, dict) or settings.get("peft_type", "LORA") != "LORA":
         found = settings.get("peft_type") if isinstance(settings, dict) else type(settings).__name__
         raise CheckpointError(f"{path}: peft_type is {found!r}; fxlora reads LORA adapters")
@@ -250,6 +292,37 @@ def read_config(folder: Path) -> Any:
             return LoraConfig(**settings)
         except (ValueError, TypeError) as e:
             raise CheckpointError(f"{path}: {e}") from None
+
+
+def read_reach(folder: Path) -> tuple[str, ...]:
+    """Returns how far beyond PEFT an adapter folder says its adapter reaches.
+
+    Raises:
+        CheckpointError: for a form this version does not know.
+    """
+    path, settings = _settings(folder)
+    if path.name != BEYOND:
+        return ()
+    if settings.get("format") != _FORMAT:
+        raise CheckpointError(
+            f"{path}: format is {settings.get('format')!r}; this fxlora reads {_FORMAT}"
+        )
+    try:
+        return checked(settings.get("reach", ()))
+    except ValueError as e:
+        raise CheckpointError(f"{path}: {e}") from None
+
+
+def _settings(folder: Path) -> tuple[Path, Any]:
+    """Returns the configuration file of a folder, and what it holds."""
+    path = folder / (BEYOND if (folder / BEYOND).is_file() else CONFIG)
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
+        raise CheckpointError(f"{path}: not a readable JSON file: {e}") from None
+    if path.name == BEYOND and not isinstance(settings, dict):
+        raise CheckpointError(f"{path}: a {type(settings).__name__}, no object")
+    return path, settings
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:

@@ -41,7 +41,7 @@ def _unfolded(blocks: torch.Tensor, held: Held) -> torch.Tensor:
 
 
 def delta(held: Held, planned: PlannedSite) -> torch.Tensor:
-    """Returns s * B A in the shape and order of the weight, in the adapter's dtype.
+    """Returns s * B A in the order of the weight, in the adapter's dtype; of a part, its rows.
 
     Raises:
         AdapterError: for a grouped convolution, whose adapter no grouped weight can hold.
@@ -87,6 +87,10 @@ def merged_weight(
         base: the weight without any adapter; read.
     """
     added = delta(held, planned)
+    if planned.site.rows:
+        index = torch.tensor([i for r in planned.site.rows for i in r], device=weight.device)
+        dim = 1 if planned.kind == "Conv1D" else 0
+        return weight.index_add(dim, index, added.to(weight.dtype)).detach()
     if planned.variant != "dora":
         return (weight + added.to(weight.dtype)).detach()
     magnitude = value(held, planned, "lora_magnitude_vector")

@@ -119,7 +119,7 @@ def _wrapped_names(plans: Iterable[Plan]) -> dict[str, str]:
             if p.kind == "Parameter":
                 wrapped[p.scope] = max(wrapped.get(p.scope, ""), f"{p.prefix}.base_layer", key=len)
             else:
-                wrapped[p.name] = f"{p.name}.base_layer"
+                wrapped[p.site.owner] = f"{p.site.owner}.base_layer"
         wrapped |= {s.name: f"{s.name}.original_module" for s in plan.saved}
         wrapped |= {t.name: f"{t.name}.token_adapter.base_layer" for t in plan.tokens}
     return wrapped

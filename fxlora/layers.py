@@ -181,6 +181,8 @@ def check(site: Site, module: Any, config: Any, r: int) -> None:
             f"{variant!r} ({takes}). Leave it out with exclude_modules=[{name!r}]"
         )
     how = init_name(config)
+    if site.rows:
+        check_part(site, f"a part of {site.owner!r}", variant, how)
     if isinstance(how, str) and how.startswith(_FACTORED):
         _check_factored(site, how, r)
     if variant == "kasa" and r >= min(site.in_features, site.out_features):
@@ -201,6 +203,37 @@ def check(site: Site, module: Any, config: Any, r: int) -> None:
         )
     if kind == "MultiheadAttention":
         _check_attention(name, module)
+
+
+def check_part(site: Site, what: str, variant: str, how: Any) -> None:
+    """Refuses what needs a weight of its own, for an adapter of a part or of one call of a layer."""
+    factors = isinstance(how, str) and how.startswith(_FACTORED)
+    if not variant and not factors:
+        return
+    field = VARIANT_FIELDS[variant] if variant else f"init_lora_weights={how!r}"
+    raise ConfigError(
+        f"{field} is about the whole weight, and the adapter of {site.name!r} is for {what}. Use "
+        "plain LoRA with init_lora_weights=True or 'gaussian', or adapt the layer as a whole"
+    )
+
+
+def check_past(site: Site, past: list[Any], variant: str, bias: bool) -> None:
+    """Refuses to adapt uses of a weight past its module where the algebra is not plain LoRA's."""
+    if all(n.op == "call_module" for n in past):
+        return
+    if is_conv(site.kind):
+        raise UnsupportedError(
+            f"reach='uses': {past[0].name} convolves with the weight of {site.name!r} by itself; "
+            "only linear maps are adapted there. Leave it out with "
+            f"exclude_modules=[{site.name!r}]"
+        )
+    if bias or variant not in ("", "mica"):
+        field = "lora_bias=True" if bias else VARIANT_FIELDS[variant]
+        raise UnsupportedError(
+            f"reach='uses' with {field}: {past[0].name} reads the weight of "
+            f"{site.name!r} past the module, where plain LoRA only is known. Leave it out with "
+            f"exclude_modules=[{site.name!r}]"
+        )
 
 
 def _check_factored(site: Site, how: str, r: int) -> None:

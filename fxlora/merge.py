@@ -92,17 +92,17 @@ def _set_apart(root: nn.Module, graph: Graph, planned: PlannedSite) -> None:
     A call by another name of the module, and a read of its weight past the module, are not adapted;
     after a merge they must still find the base weight.
     """
-    if planned.form == "delta":
+    if planned.form == "delta" or planned.everywhere:
         return
-    parent, _, last = planned.name.rpartition(".")
-    layer = root.get_submodule(planned.name)
+    parent, _, last = planned.site.owner.rpartition(".")
+    layer = root.get_submodule(planned.site.owner)
     aliases = [n for n, m in root.named_modules(remove_duplicate=False) if m is layer]
     reads = [n for n in graph.nodes if n.op == "get_attr" and n.target == planned.site.weight_name]
     if len(aliases) < 2 and not reads:
         return
     apart = shell(layer)
     for node in reads:
-        node.target = f"{planned.name}.bypassed_weight"
+        node.target = f"{planned.site.owner}.bypassed_weight"
         if "bypassed_weight" not in apart._parameters:
             apart.register_parameter("bypassed_weight", apart._parameters["weight"])
     root.get_submodule(parent)._modules[last] = apart
@@ -112,6 +112,11 @@ def _merge_site(
     root: nn.Module, held: Held, planned: PlannedSite, bases: dict[str, torch.Tensor], safe: bool
 ) -> None:
     calls = planned.site.calls
+    if planned.site.of and not planned.site.rows:
+        raise AdapterError(
+            f"{planned.site.owner!r} has another adapter at every call (reach='calls'), and one "
+            "weight cannot hold them all; keep the adapters beside it"
+        )
     owner, _, _ = planned.site.weight_name.rpartition(".")
     if is_quantized(root.get_submodule(owner)):
         raise AdapterError(
@@ -124,7 +129,7 @@ def _merge_site(
             f"{planned.name!r} is an Embedding with max_norm, which would rescale the merged rows; "
             "keep the adapter beside it"
         )
-    if planned.form == "branch" and calls and not any(c.node.op == "call_module" for c in calls):
+    if planned.form == "branch" and calls and not any(planned.reaches(c) for c in calls):
         return  # adapted in name only: no call goes through the layer, so no output has it
     name = planned.site.weight_name
     owner, _, last = name.rpartition(".")
@@ -177,15 +182,20 @@ def _is_parametrized(layer: nn.Module) -> bool:
 def _merge_bias(root: nn.Module, held: Held, planned: PlannedSite, safe: bool) -> None:
     path = f"{planned.prefix}.lora_B.{held.plan.adapter}"
     part: Any = held.parts[path]
-    bias = root.get_submodule(planned.name)._parameters.get("bias")
+    bias = root.get_submodule(planned.site.owner)._parameters.get("bias")
     if bias is None:
         raise AdapterError(
             f"lora_bias=True on {planned.name!r}, which has no bias to merge it into (PEFT: "
             "'Impossible to merge')"
         )
-    merged = (bias + part.bias.detach() * planned.scaling).to(bias.dtype).detach()
+    added = part.bias.detach() * planned.scaling
+    if planned.site.rows:
+        index = torch.tensor([i for r in planned.site.rows for i in r], device=bias.device)
+        merged = bias.index_add(0, index, added.to(bias.dtype)).detach()
+    else:
+        merged = (bias + added).to(bias.dtype).detach()
     _check_finite(planned, held, merged, safe)
-    _set(root, f"{planned.name}.bias", merged)
+    _set(root, f"{planned.site.owner}.bias", merged)
 
 
 def _check_finite(planned: PlannedSite, held: Held, merged: torch.Tensor, safe: bool) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from fxlora import advice, extras, layers, matching
-from fxlora.config import resolved_copy
+from fxlora.config import init_name, resolved_copy
 from fxlora.errors import (
     AdapterError,
     ConfigError,
@@ -24,7 +24,8 @@ from fxlora.extras import SavedModule, TokenRows
 from fxlora.facts import info
 from fxlora.freezing import bias_trains
 from fxlora.layers import AdapterShape
-from fxlora.sites import Site, kind_of, sites
+from fxlora.reach import checked, one_call, with_slices
+from fxlora.sites import Call, Site, kind_of, sites
 from fxlora.targets import AllLinear, model_type, resolve_targets
 from fxlora.text import table
 
@@ -48,6 +49,7 @@ class PlannedSite:
         scope: the module during whose calls an adapter added to the weight is in effect.
         adapter: the parameters the adapter has; None when there is none.
         casts_branch: whether the branch is cast to the base's dtype before the sum.
+        everywhere: whether every use of the weight is adapted, past the module too.
     """
 
     site: Site
@@ -62,6 +64,7 @@ class PlannedSite:
     scope: str = ""
     adapter: AdapterShape | None = None
     casts_branch: bool = False
+    everywhere: bool = False
 
     @property
     def name(self) -> str:
@@ -91,7 +94,33 @@ class PlannedSite:
     @property
     def bypassed(self) -> int:
         """How many calls read the weight where the adapter is not in effect."""
-        return sum(not c.through_module for c in self.site.calls)
+        return sum(not (c.through_module or self.everywhere) for c in self.site.calls)
+
+    def reaches(self, call: Call) -> bool:
+        """Says whether the adapter is in effect at a call of the site's weight."""
+        if self.everywhere:
+            return True
+        if self.form == "delta":
+            return any(f.path == self.scope for f in call.node.meta.get("module_stack", ()))
+        # PEFT puts the adapter where the first name of a module stands: an alias keeps the base.
+        return call.through_module and call.node.op == "call_module"
+
+    @property
+    def beyond_peft(self) -> str:
+        """What of this site PEFT cannot represent; "" when it can."""
+        if not self.adapted:
+            return ""
+        if self.site.rows:
+            return f"{self.name} is a part of {self.site.owner}"
+        if self.site.of:
+            return f"{self.name} is one call of {self.site.owner}"
+        more = [c for c in self.site.calls if not self._as_peft().reaches(c)]
+        if self.everywhere and more:
+            return f"{self.name} is adapted where PEFT does not reach it ({more[0].node.name})"
+        return ""
+
+    def _as_peft(self) -> PlannedSite:
+        return replace(self, everywhere=False)
 
     @property
     def variant(self) -> str:
@@ -147,6 +176,7 @@ class Plan:
         adapter: the adapter's name.
         saved: modules trained as a whole (modules_to_save).
         tokens: rows of embeddings that train (trainable_token_indices).
+        reach: what is adapted that PEFT cannot: names out of `fxlora.reach.REACH`.
     """
 
     sites: tuple[PlannedSite, ...]
@@ -159,6 +189,12 @@ class Plan:
     adapter: str = ADAPTER
     saved: tuple[SavedModule, ...] = ()
     tokens: tuple[TokenRows, ...] = ()
+    reach: tuple[str, ...] = ()
+
+    @property
+    def beyond_peft(self) -> tuple[str, ...]:
+        """What of this plan PEFT cannot represent, a clause for every such site."""
+        return tuple(s.beyond_peft for s in self.sites if s.beyond_peft)
 
     def __iter__(self) -> Iterator[PlannedSite]:
         return iter(self.sites)
@@ -204,7 +240,13 @@ class Plan:
         return plan_text(self)
 
 
-def plan(traced: GraphModule, config: Any, adapter: str = ADAPTER) -> Plan:
+def plan(
+    traced: GraphModule,
+    config: Any,
+    adapter: str = ADAPTER,
+    *,
+    reach: str | Iterable[str] = (),
+) -> Plan:
     """Decides, for every site of a traced model, what a LoraConfig does to it.
 
     Args:
@@ -212,6 +254,9 @@ def plan(traced: GraphModule, config: Any, adapter: str = ADAPTER) -> Plan:
             read, never changed.
         config: a `peft.LoraConfig`; read, never changed.
         adapter: the name of the adapter.
+        reach: what to adapt that PEFT cannot: "uses" (every use of a matched weight), "slices"
+            (parts of fused layers may be named: q, k, v, gate, up) and "calls" (an adapter of its
+            own for every call of a shared layer); one or several. None of them is PEFT's reach.
 
     Returns:
         The plan: a verdict and a reason for every site.
@@ -241,14 +286,19 @@ def plan(traced: GraphModule, config: Any, adapter: str = ADAPTER) -> Plan:
     extras.shield(settings)
     asked = _asked(settings)
     linear = resolve_targets(settings, facts.model)
-    planned = [_planned(s, settings, linear, base) for s in _all_sites(base, settings)]
+    further = checked(reach)
+    found = _all_sites(base, settings)
+    if "slices" in further:
+        found = with_slices(found, base)
+    planned = [_planned(s, settings, linear, base) for s in found]
     layers.check_parameters(
         [p.name for p in planned if p.adapted and p.kind == "Parameter"],
         settings,
         corrected_fan_in_fan_out(planned, settings),
     )
-    planned = _with_projections(planned)
+    planned = _whole_before_parts(_with_projections(planned))
     planned = _nest_parameters(planned)
+    planned = _reaching(planned, further, settings)
     _check_other_layers(settings, facts.module_types)
     names = [p.name for p in planned if p.adapted and p.kind != "Parameter"]
     saved = extras.saved_modules(settings, facts.model, names)
@@ -268,6 +318,7 @@ def plan(traced: GraphModule, config: Any, adapter: str = ADAPTER) -> Plan:
         adapter=adapter,
         saved=saved,
         tokens=tokens,
+        reach=further,
     )
 
 
@@ -373,7 +424,7 @@ def _planned(site: Site, config: Any, linear: AllLinear | None, base: GraphModul
         return PlannedSite(
             site, "skipped", "root", "it is the model itself, which PEFT never adapts"
         )
-    found = matching.match(config, site.name)
+    found = _match(config, site)
     if not found.taken:
         reason = found.reason
         if linear is not None and found.rule == "none":
@@ -383,10 +434,18 @@ def _planned(site: Site, config: Any, linear: AllLinear | None, base: GraphModul
         verdict = "excluded" if found.rule in ("excluded", "modules_to_save") else "skipped"
         return PlannedSite(site, verdict, found.rule, reason)
     reason = "all-linear takes it" if linear is not None else found.reason
-    module = info(base).model.get_submodule(site.name)
+    module = info(base).model.get_submodule(site.owner)
     layers.check_quantized(site, module, config)
     made = _adapted(site, found.rule, reason, config, module)
     return replace(made, casts_branch=layers.casts_branch(module, info(base).model))
+
+
+def _match(config: Any, site: Site) -> matching.Match:
+    """Matches a site's name; a part of a fused layer also goes by the name beside its layer."""
+    found = matching.match(config, site.name)
+    if not site.rows or found.taken or found.rule == "excluded":
+        return found
+    return next((m for a in site.aliases if (m := matching.match(config, a)).rule != "none"), found)
 
 
 def _planned_parameter(site: Site, config: Any) -> PlannedSite:
@@ -404,8 +463,8 @@ def _planned_parameter(site: Site, config: Any) -> PlannedSite:
 
 
 def _adapted(site: Site, rule: str, reason: str, config: Any, module: Any) -> PlannedSite:
-    r, r_key = matching.pattern_value(config.rank_pattern, site.name, config.r)
-    alpha, alpha_key = matching.pattern_value(config.alpha_pattern, site.name, config.lora_alpha)
+    r, r_key = _pattern(config.rank_pattern, site, config.r)
+    alpha, alpha_key = _pattern(config.alpha_pattern, site, config.lora_alpha)
     if r_key is not None:
         reason += f"; rank_pattern[{r_key!r}] gives r={r}"
     if alpha_key is not None:
@@ -414,10 +473,20 @@ def _adapted(site: Site, rule: str, reason: str, config: Any, module: Any) -> Pl
     bare = site.kind == "Parameter"
     experts = site.shape[0] if bare and len(site.shape) == 3 else 1
     prefix = site.name.rpartition(".")[0] if bare else site.name
+    scope = prefix if bare else site.owner
     adapter = layers.adapter_shape(site, module, config, r, experts)
     return PlannedSite(
-        site, "adapted", rule, reason, r, alpha, scaling, experts, prefix, prefix, adapter
+        site, "adapted", rule, reason, r, alpha, scaling, experts, prefix, scope, adapter
     )
+
+
+def _pattern(pattern: dict[str, Any], site: Site, default: Any) -> tuple[Any, str | None]:
+    """Looks a site up in a pattern by its name, and a part by the name beside its layer."""
+    for name in (site.name, *(site.aliases if site.rows else ())):
+        value, key = matching.pattern_value(pattern, name, default)
+        if key is not None:
+            return value, key
+    return default, None
 
 
 def _with_projections(planned: list[PlannedSite]) -> list[PlannedSite]:
@@ -425,7 +494,9 @@ def _with_projections(planned: list[PlannedSite]) -> list[PlannedSite]:
 
     Its own forward is never called: attention reads its weight, so the adapter is added to that.
     """
-    attention = {p.name: p for p in planned if p.adapted and p.kind == "MultiheadAttention"}
+    attention = {
+        p.name: p for p in planned if p.adapted and p.kind == "MultiheadAttention" and not p.site.of
+    }
     out = []
     for p in planned:
         outer = attention.get(p.name.rpartition(".")[0])
@@ -452,6 +523,37 @@ def _with_projections(planned: list[PlannedSite]) -> list[PlannedSite]:
                 scope=outer.name, adapter=shape,
             )
         )  # fmt: skip
+    return out
+
+
+def _whole_before_parts(planned: list[PlannedSite]) -> list[PlannedSite]:
+    """Leaves the parts of a layer alone that is adapted as a whole."""
+    whole = {p.name for p in planned if p.adapted and not p.site.of}
+    reason = "its layer is adapted as a whole"
+    return [
+        PlannedSite(p.site, "skipped", "whole", reason) if p.adapted and p.site.of in whole else p
+        for p in planned
+    ]
+
+
+def _reaching(planned: list[PlannedSite], reach: tuple[str, ...], config: Any) -> list[PlannedSite]:
+    """Extends what is adapted to every use of its weight, and parts a shared layer's calls."""
+    out: list[PlannedSite] = []
+    for p in planned:
+        if p.adapted and "uses" in reach:
+            past = [c for c in p.site.calls if not p.reaches(c)]
+            if past:
+                layers.check_past(p.site, [c.node for c in past], p.variant, bool(config.lora_bias))
+            p = replace(p, everywhere=True)
+        calls = [c for c in p.site.calls if p.adapted and p.reaches(c)]
+        if "calls" not in reach or len(calls) < 2 or p.form == "delta":
+            out.append(p)
+            continue
+        layers.check_part(p.site, f"one of {len(calls)} calls of it", p.variant, init_name(config))
+        for i, call in enumerate(calls):
+            site = one_call(p.site, i, call)
+            reason = f"{p.reason}; call {i + 1} of {len(calls)} has its own adapter"
+            out.append(replace(p, site=site, prefix=site.name, reason=reason))
     return out
 
 
@@ -506,7 +608,7 @@ def _count(
 
 def adapted_modules(planned: Iterable[PlannedSite]) -> set[str]:
     """Returns the names of the modules PEFT wraps, for which `bias="lora_only"` holds."""
-    return {p.scope if p.rule == "parameter" else p.name for p in planned if p.adapted}
+    return {p.scope if p.rule == "parameter" else p.site.owner for p in planned if p.adapted}
 
 
 def describe(planned: PlannedSite) -> str:

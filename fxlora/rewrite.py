@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
-from fxlora import branches, weights
+from fxlora import branches, uses, weights
 from fxlora.build import Held, Part, build
 from fxlora.errors import AdapterError
 from fxlora.facts import info
@@ -25,6 +25,7 @@ from fxlora.freezing import bias_trains
 from fxlora.nodes import Entry, attribute
 from fxlora.plan import Plan, PlannedSite, adapted_modules
 from fxlora.plan import plan as make_plan
+from fxlora.reach import checked
 from fxlora.trace.shell import frozen_view, shell
 from fxlora.trace.tracer import graph_module
 from fxlora.tree import hang
@@ -32,7 +33,9 @@ from fxlora.tree import hang
 _NO_QUIRKS: frozenset[str] = frozenset()
 
 
-def rewrite(traced: GraphModule, plan: Plan | Any) -> GraphModule:
+def rewrite(
+    traced: GraphModule, plan: Plan | Any, *, reach: str | Iterable[str] = ()
+) -> GraphModule:
     """Returns a new graph module in which the planned sites are base plus low-rank.
 
     Base weights are shared with the traced graph without copying and frozen in the new graph's
@@ -42,6 +45,7 @@ def rewrite(traced: GraphModule, plan: Plan | Any) -> GraphModule:
     Args:
         traced: what `fxlora.trace` returned.
         plan: what `fxlora.plan` returned for it, or a `peft.LoraConfig`.
+        reach: what to adapt that PEFT cannot, for a config; see `fxlora.plan`.
 
     Returns:
         A `torch.fx.GraphModule`; its nodes keep their names and meta, and inserted nodes carry
@@ -50,7 +54,7 @@ def rewrite(traced: GraphModule, plan: Plan | Any) -> GraphModule:
     Raises:
         ConfigError: as `fxlora.plan`, when a config is given.
         AdapterError: when the graph has adapters already.
-        ValueError: when the plan was made for another graph.
+        ValueError: when the plan was made for another graph, or with another reach.
 
     >>> import torch, fxlora
     >>> from peft import LoraConfig
@@ -65,7 +69,11 @@ def rewrite(traced: GraphModule, plan: Plan | Any) -> GraphModule:
             f"this graph is already rewritten, with {sorted(facts.adapters)}; a second adapter is "
             "fxlora.adapters.add(graph, config, name)"
         )
-    made = plan if isinstance(plan, Plan) else make_plan(traced, plan)
+    made = plan if isinstance(plan, Plan) else make_plan(traced, plan, reach=reach)
+    if checked(reach) not in ((), made.reach):
+        raise ValueError(
+            f"reach={checked(reach)} and a plan made with reach={made.reach}: give it to fxlora.plan"
+        )
     check_plan(traced, made)
     return assemble(traced, {made.adapter: build(traced, made)}, (made.adapter,))
 
@@ -234,9 +242,10 @@ def _insert_sites(
             _insert_deltas(graph, root, entries, new, quirks)
             continue
         for call in planned.site.calls:
-            # PEFT puts the adapter where the first name of a module stands: an alias keeps the base.
-            if call.through_module and call.node.op == "call_module":
-                branches.insert_branches(graph, root, new[call.node], entries, quirks)
+            there = [e for e in entries if e[1].reaches(call)]
+            if there and call.node.op == "call_module":
+                branches.insert_branches(graph, root, new[call.node], there, quirks)
+        _insert_uses(graph, root, entries)
 
 
 def _insert_deltas(
@@ -248,9 +257,24 @@ def _insert_deltas(
         for call in planned.site.calls:
             if call.node.op == "call_module":
                 new[call.node] = weights.open_layer(graph, new[call.node], root)
+    everywhere = [e for e in entries if e[1].everywhere]
+    if everywhere:
+        if len(everywhere) < len(entries):
+            raise AdapterError(
+                f"{planned.name!r} is adapted by {[n for n, _ in entries]}, and only by some of them "
+                "past its module (reach='uses'); plan them with the same reach"
+            )
+        _insert_uses(graph, root, entries)
+        return
     weight = planned.site.weight_name
     for node in [n for n in graph.nodes if n.op == "get_attr" and n.target == weight]:
         weights.insert_delta(graph, root, node, entries, quirks)
+
+
+def _insert_uses(graph: Graph, root: nn.Module, entries: list[Entry]) -> None:
+    everywhere = [e for e in entries if e[1].everywhere]
+    if everywhere:
+        uses.insert_uses(graph, root, everywhere)
 
 
 def _insert_extras(graph: Graph, root: nn.Module, plan: Plan) -> None:

@@ -32,9 +32,38 @@ def baddbmm(
         return torch.baddbmm(weight, left, right, alpha=alpha)
 
 
+def add_rows(
+    y: torch.Tensor, delta: torch.Tensor, *, blocks: tuple[tuple[int, int, int, int], ...], dim: int
+) -> torch.Tensor:
+    """Returns `y` with `delta` added to some of its rows, in the wider dtype of the two.
+
+    Args:
+        y: any tensor.
+        delta: as `y`, with only those rows along `dim`.
+        blocks: which rows: (start, width, period, count), that is `width` rows from `start`, from
+            `start + period`, and so on.
+        dim: along which dimension.
+    """
+    out = y.to(torch.promote_types(y.dtype, delta.dtype))
+    at = 0
+    for start, width, period, count in blocks:
+        more = delta.narrow(dim, at, width * count)
+        at += width * count
+        if count == 1:
+            end = start + width
+            before, after = out.narrow(dim, 0, start), out.narrow(dim, end, out.shape[dim] - end)
+            out = torch.cat((before, out.narrow(dim, start, width) + more, after), dim)
+            continue
+        heads = torch.arange(count, device=y.device) * period + start
+        rows = (heads[:, None] + torch.arange(width, device=y.device)).flatten()
+        out = out.index_add(dim, rows, more.to(out.dtype))
+    return out
+
+
 # So that a saved GraphModule, which torch.fx traces again when it is loaded, keeps them whole.
 torch.fx.wrap("cast_like")
 torch.fx.wrap("baddbmm")
+torch.fx.wrap("add_rows")
 
 
 class DoraBase(GraphHelper):

@@ -31,7 +31,16 @@ _WEIGHT_ARGUMENT: dict[Any, tuple[int, ...]] = {
     torch.tensordot: (0, 1),
     torch.inner: (0, 1),
     F.multi_head_attention_forward: (5, 11),
+    F.embedding: (1,),
+    F.conv1d: (1,),
+    F.conv2d: (1,),
+    F.conv3d: (1,),
+    torch.conv1d: (1,),
+    torch.conv2d: (1,),
+    torch.conv3d: (1,),
 }
+# Of these, what is no linear map of a matrix: a bare parameter read so is not for LoRA.
+_NOT_LINEAR = frozenset("embedding conv1d conv2d conv3d".split())
 _METHODS = frozenset("matmul mm bmm mv addmm baddbmm addbmm __matmul__ __rmatmul__ inner".split())
 _GROUPED = frozenset(("grouped_mm", "_grouped_mm", "grouped_mm_fallback"))
 # Operations a weight passes through on its way to the multiplication.
@@ -76,6 +85,8 @@ class Site:
         calls: every call, in the order of the graph; empty when the traced path has none.
         aliases: the module's other names.
         transposed: whether a stack of weights is stored as (experts, in, out).
+        of: the name of the layer this is a part or a single call of; "" for a layer itself.
+        rows: the output features of that layer which are this part's; empty for all.
     """
 
     name: str
@@ -88,6 +99,13 @@ class Site:
     calls: tuple[Call, ...]
     aliases: tuple[str, ...] = ()
     transposed: bool = False
+    of: str = ""
+    rows: tuple[range, ...] = ()
+
+    @property
+    def owner(self) -> str:
+        """The name of the layer that has the weight."""
+        return self.of or self.name
 
     @property
     def weight_name(self) -> str:
@@ -95,8 +113,8 @@ class Site:
         if self.kind == "Parameter":
             return self.name
         if self.kind == "MultiheadAttention":
-            return f"{self.name}.in_proj_weight"
-        return f"{self.name}.weight" if self.name else "weight"
+            return f"{self.owner}.in_proj_weight"
+        return f"{self.owner}.weight" if self.owner else "weight"
 
 
 def kind_of(module_type: type) -> str | None:
@@ -200,6 +218,8 @@ def _bare(root: nn.Module, calls: dict[str, list[Call]], covered: set[str]) -> l
     found = []
     for name, p in root.named_parameters():
         if name in covered or p.dim() not in (2, 3) or name not in calls:
+            continue
+        if any(_name(c.node) in _NOT_LINEAR for c in calls[name]):
             continue
         shape = tuple(p.shape)
         in_features, out_features = (shape[1], shape[0]) if p.dim() == 2 else shape[1:]

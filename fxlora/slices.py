@@ -129,6 +129,24 @@ def _attention(site: Site, traced: GraphModule) -> tuple[Slice, ...]:
     return tuple(Slice(site.name, p, (range(i * e, (i + 1) * e),)) for p, i in _FORMULA.items())
 
 
+def blocks(rows: tuple[range, ...]) -> tuple[tuple[int, int, int, int], ...]:
+    """Returns ranges as (start, width, period, count), equal ones at equal distances together.
+
+    >>> blocks((range(0, 2), range(6, 8), range(12, 14))), blocks((range(3, 9),))
+    (((0, 2, 6, 3),), ((3, 6, 6, 1),))
+    """
+    out: list[list[int]] = []
+    for r in rows:
+        last = out[-1] if out else None
+        if last is not None and len(r) == last[1]:
+            apart = r.start - (last[0] + (last[3] - 1) * last[2])
+            if last[3] == 1 or apart == last[2]:
+                last[2], last[3] = apart, last[3] + 1
+                continue
+        out.append([r.start, len(r), len(r), 1])
+    return tuple((a, b, c, d) for a, b, c, d in out)
+
+
 # ---- which rows --------------------------------------------------------------------------------
 
 

@@ -18,16 +18,29 @@ from torch.nn import functional as F
 from fxlora.branches import LOOKUP, scaled_rows
 from fxlora.nodes import Entry, Inserter, attribute, input_of, redirect, wide
 from fxlora.plan import PlannedSite
-from fxlora.runtime import baddbmm, cast_like
+from fxlora.runtime import add_rows, baddbmm, cast_like
+from fxlora.slices import blocks
 
 
 def insert_delta(
-    graph: Graph, root: nn.Module, node: Node, entries: Sequence[Entry], quirks: frozenset[str]
-) -> None:
-    """Adds the adapters of a weight where the module in whose calls they are in effect reads it."""
+    graph: Graph, root: nn.Module, node: Node, entries: Sequence[Entry], quirks: frozenset[str],
+    users: Sequence[Node] | None = None,
+) -> None:  # fmt: skip
+    """Adds the adapters of a weight where it is read.
+
+    Args:
+        graph: changed.
+        root: its module tree.
+        node: reads the weight.
+        entries: the active adapters.
+        quirks: named mistakes of PEFT's to reproduce.
+        users: the nodes that shall read the sum; those inside the calls of the module whose
+            wrapper has the adapters where None.
+    """
     planned = entries[0][1]
     scope = planned.scope
-    users = [u for u in node.users if any(f.path == scope for f in u.meta.get("module_stack", ()))]
+    if users is None:
+        users = [u for u in node.users if _inside(u, scope) or _adds_part(u, planned)]
     if not users:
         return
     node.meta.update(role="base", site=planned.name, adapter=entries[0][0])
@@ -53,11 +66,23 @@ def insert_delta(
                     if together is None
                     else new.method("sum", "add", (together, delta), delta)
                 )
+            elif p.site.rows:
+                where = {"blocks": blocks(p.site.rows), "dim": 0}
+                out = new.add("sum", "call_function", add_rows, (out, delta), shape, dtype, where)
             else:
                 out = new.add("sum", "call_method", "add", (out, delta), shape, dtype)
     if together is not None:
         out = new.add("sum", "call_method", "add", (out, together), shape, dtype)
     redirect(users, node, out)
+
+
+def _inside(user: Node, scope: str) -> bool:
+    return any(f.path == scope for f in user.meta.get("module_stack", ()))
+
+
+def _adds_part(user: Node, planned: PlannedSite) -> bool:
+    """Says whether a node adds another part's adapter to the same weight."""
+    return bool(planned.site.rows) and user.meta.get("role") == "sum"
 
 
 def _again(new: Inserter, out: Node, delta: Node, shape: Any, dtype: Any) -> Node:
@@ -74,7 +99,11 @@ def _doubled(planned: PlannedSite, quirks: frozenset[str]) -> bool:
 
 
 def _factors(new: Inserter, root: nn.Module, p: PlannedSite, adapter: str) -> tuple[Node, Node]:
-    paths = [f"{p.prefix}.{which}.{adapter}.weight" for which in ("lora_A", "lora_B")]
+    if p.form == "rows":
+        names = [f"lora_embedding_{which}.{adapter}" for which in "AB"]
+    else:
+        names = [f"lora_{which}.{adapter}.weight" for which in "AB"]
+    paths = [f"{p.prefix}.{name}" for name in names]
     a, b = (
         new.parameter(role, path, attribute(root, path))
         for role, path in zip(("lora_A", "lora_B"), paths, strict=True)
@@ -94,8 +123,11 @@ def _delta(new: Inserter, root: nn.Module, p: PlannedSite, adapter: str, base: N
         rule = f"o r e, e r i -> e {'i o' if p.site.transposed else 'o i'}"
         product = new.add("delta", "call_function", torch.einsum, (rule, b3, a3), shape, to)
     else:
-        shape = (p.site.out_features, p.site.in_features)
+        shape = (b.meta["shape"][0], a.meta["shape"][1])
         product = new.add("delta", "call_method", "matmul", (b, a), shape, to)
+        if p.kind in ("Conv1D", "Embedding"):  # their weights are stored turned round
+            shape = shape[::-1]
+            product = new.add("delta", "call_method", "t", (product,), shape, to)
     scaled = new.add("scale", "call_method", "mul", (product, p.scaling), shape, to)
     if base is None:
         return scaled
