@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fxlora import extras, matching
@@ -11,6 +11,7 @@ from fxlora.text import count
 
 if TYPE_CHECKING:
     from fxlora.plan import PlannedSite
+    from fxlora.sites import Site
 
 _MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 _NOT_ON_MAMBA = ("out_proj", "conv1d")
@@ -22,6 +23,7 @@ def warnings_of(
     planned: Sequence[PlannedSite],
     saved: Sequence[extras.SavedModule],
     model_type: str | None,
+    parts: Callable[[], list[Site]],
 ) -> Iterator[str]:
     """Yields one sentence for everything a reader should know before training.
 
@@ -31,6 +33,7 @@ def warnings_of(
         planned: every site with its verdict.
         saved: the modules trained as a whole.
         model_type: of a transformers model.
+        parts: finds the parts of fused layers, which reach="slices" makes sites.
     """
     names = [n for p in planned if p.kind != "Parameter" for n in _known_as(p)]
     last = sorted({n.rpartition(".")[2] for n in names})
@@ -38,7 +41,8 @@ def warnings_of(
         hit = any(n == target or n.endswith(f".{target}") for n in names)
         renamed = config.target_modules is not None and target not in config.target_modules
         if not hit and not renamed:
-            yield f"target_modules entry {target!r} matches nothing.{did_you_mean(target, last)}"
+            near = part_hint(target, parts()) or did_you_mean(target, last)
+            yield f"target_modules entry {target!r} matches nothing.{near}"
     for which in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, which):
             hit = any(
@@ -70,6 +74,21 @@ def warnings_of(
         yield f"{count(len(bypassed), 'adapted site')} read without going through the module: " + (
             ", ".join(bypassed[:3]) + (", ..." if len(bypassed) > 3 else "")
         )
+
+
+def part_hint(target: str, parts: list[Site]) -> str:
+    """Returns a sentence where an entry names a part of a fused layer; "" where it does not."""
+    for part in parts:
+        if any(n == target or n.endswith(f".{target}") for n in (part.name, *part.aliases)):
+            first, last = part.rows[0].start, part.rows[-1].stop
+            rows = (
+                f"{first}:{last}" if len(part.rows) == 1 else f"interleaved by head, {first}:{last}"
+            )
+            return (
+                f" {target!r} is a part of {part.owner!r} (rows {rows}): target that, or plan with "
+                "reach='slices'."
+            )
+    return ""
 
 
 def _known_as(planned: PlannedSite) -> tuple[str, ...]:
@@ -120,7 +139,10 @@ def _odd_layers(planned: Sequence[PlannedSite]) -> Iterator[str]:
                 break
 
 
-def no_match(config: Any, asked: tuple[str, ...], planned: Sequence[PlannedSite]) -> str:
+def no_match(
+    config: Any, asked: tuple[str, ...], planned: Sequence[PlannedSite],
+    parts: Callable[[], list[Site]],
+) -> str:  # fmt: skip
     """Returns the message for a configuration that adapts nothing: what there was, and what is near."""
     names = [p.name for p in planned]
     shown = config.target_modules if isinstance(config.target_modules, str) else asked
@@ -143,7 +165,7 @@ def no_match(config: Any, asked: tuple[str, ...], planned: Sequence[PlannedSite]
         return f"all {len(names)} linear sites are excluded: {planned[0].reason}"
     near = ""
     if not isinstance(shown, str) and shown:
-        near = did_you_mean(shown[0], [*last, *names])
+        near = part_hint(shown[0], parts()) or did_you_mean(shown[0], [*last, *names])
     elif isinstance(shown, str) and shown in last:
         near = f" A string is one pattern for the whole name; write [{shown!r}] for a suffix."
     limited = [p.reason for p in planned if p.rule == "layer"]

@@ -33,9 +33,11 @@ def insert_branches(
     # Snapshot the users first: the sum below becomes a user of `base` too, and must keep reading
     # the base output rather than itself.
     users = list(base.users)
-    site = entries[0][1]
-    base.meta.update(role="base", site=site.name, adapter=entries[0][0])
-    new = Inserter(graph, site.name, base)
+    planned = entries[0][1]
+    base.meta.update(role="base", site=planned.site.owner, adapter=entries[0][0])
+    if base.op != "call_module":
+        base.meta["use"] = base.name
+    new = Inserter(graph, planned.name, base, planned.site.owner)
     x, result = input_of(base), base
     for adapter, planned in entries:
         new.adapter = adapter

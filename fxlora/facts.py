@@ -10,7 +10,8 @@ Every node of a traced graph carries, in `node.meta`:
 - `"grad_enabled"`: False inside `torch.no_grad()`; absent elsewhere.
 - `"autocast"`: (device type, dtype) inside a `torch.autocast(...)` of the model's own.
 
-Nodes inserted by a rewrite also carry `"role"`, `"site"` and `"adapter"`.
+Nodes inserted by a rewrite also carry `"role"`, `"site"` and `"adapter"`; `"layer"`, where the site
+is a part or a single call of that layer; and `"use"`, the node that reads the weight past its module.
 """
 
 from __future__ import annotations

@@ -18,8 +18,9 @@ _COPIED = ("module_stack", "source", "grad_enabled")
 class Inserter:
     """Adds nodes of one site, each with its role, behind one another."""
 
-    def __init__(self, graph: Graph, site: str, like: Node) -> None:
+    def __init__(self, graph: Graph, site: str, like: Node, layer: str = "") -> None:
         self._graph, self._site, self._like = graph, site, like
+        self._layer = layer or site
         self.adapter = ""
         self.last = like
 
@@ -35,6 +36,10 @@ class Inserter:
             if key in self._like.meta:
                 meta[key] = self._like.meta[key]
         meta["role"], meta["site"], meta["adapter"] = role, self._site, self.adapter
+        if self._layer != self._site:
+            meta["layer"] = self._layer
+        if "use" in self._like.meta:
+            meta["use"] = self._like.meta["use"]
         if shape is not None:
             meta["shape"] = shape
         if dtype is not None:

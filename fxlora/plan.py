@@ -290,6 +290,10 @@ def plan(
     found = _all_sites(base, settings)
     if "slices" in further:
         found = with_slices(found, base)
+
+    def parts() -> list[Site]:
+        return [] if "slices" in further else [s for s in with_slices(found, base) if s.rows]
+
     planned = [_planned(s, settings, linear, base) for s in found]
     layers.check_parameters(
         [p.name for p in planned if p.adapted and p.kind == "Parameter"],
@@ -304,9 +308,9 @@ def plan(
     saved = extras.saved_modules(settings, facts.model, names)
     tokens = extras.token_rows(settings, facts.model, names, saved)
     if not any(p.adapted for p in planned):
-        raise NoMatchError(advice.no_match(settings, asked, planned))
+        raise NoMatchError(advice.no_match(settings, asked, planned, parts))
     trainable, total = _count(base, planned, settings, saved, tokens)
-    warned = advice.warnings_of(asked, settings, planned, saved, model_type(facts.model))
+    warned = advice.warnings_of(asked, settings, planned, saved, model_type(facts.model), parts)
     return Plan(
         sites=tuple(planned),
         config=settings,

@@ -122,9 +122,9 @@ def _asks(user: Node, weight: Node) -> bool:
 def _insert_turned(graph: Graph, root: nn.Module, node: Node, entries: Sequence[Entry]) -> None:
     """Adds s * (dropout(x) B) A behind a product with the weight turned round."""
     users = list(node.users)
-    site = entries[0][1]
-    node.meta.update(role="base", site=site.name, adapter=entries[0][0])
-    new = Inserter(graph, site.name, node)
+    planned = entries[0][1]
+    node.meta.update(role="base", site=planned.site.owner, adapter=entries[0][0], use=node.name)
+    new = Inserter(graph, planned.name, node, planned.site.owner)
     shape, result = node.meta.get("shape"), node
     x: Any = node.args[0]
     for adapter, planned in entries:

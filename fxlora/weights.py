@@ -43,8 +43,8 @@ def insert_delta(
         users = [u for u in node.users if _inside(u, scope) or _adds_part(u, planned)]
     if not users:
         return
-    node.meta.update(role="base", site=planned.name, adapter=entries[0][0])
-    new = Inserter(graph, planned.name, node)
+    node.meta.update(role="base", site=planned.site.owner, adapter=entries[0][0])
+    new = Inserter(graph, planned.name, node, planned.site.owner)
     if planned.kind == "Parameter" and len(entries) == 1 and planned.experts > 1:
         new.adapter = entries[0][0]
         redirect(users, node, _folded(new, root, planned, entries[0][0], node))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import fxlora_viz
 import pytest
 import torch
 import transformers
@@ -191,6 +193,63 @@ def test_a_graph_with_reach_compiles_whole(reads: tuple[nn.Module, GraphModule])
     compiled = torch.compile(lora, fullgraph=True, backend="aot_eager")
     for ours, theirs in zip(compiled(_IDS), lora(_IDS), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+ENCODER = nn.TransformerEncoder(
+    nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True), 2,
+    enable_nested_tensor=False,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("targets", [["out_proj", "linear1"], ["self_attn.q", "self_attn.v"]])
+def test_torch_s_encoder_is_reached_whole(targets: list[str], training: bool) -> None:
+    """With peft, out_proj's adapters get no gradient, and a part of in_proj has no name."""
+    model = copy.deepcopy(ENCODER).double().train(training)
+    x = torch.randn(2, 5, 16, dtype=torch.float64)
+    config = LoraConfig(r=2, lora_alpha=3, target_modules=targets)
+    lora = with_values(fxlora.rewrite(fxlora.trace(model, (x,)), config, reach=("uses", "slices")))
+    out = lora(x)
+    torch.testing.assert_close(out, dense_model(model, lora)(x))
+    out.sum().backward()
+    assert all(p.grad is not None for p in lora.parameters() if p.requires_grad)
+
+
+def test_mamba_s_dt_proj_is_reached() -> None:
+    config = transformers.MambaConfig(
+        hidden_size=16, num_hidden_layers=1, vocab_size=50, state_size=4
+    )
+    model = transformers.MambaForCausalLM(config).double().eval()
+    args, kwargs = for_model(model, (), None)
+    traced = fxlora.trace(model, args, kwargs)
+    lora_config = LoraConfig(r=2, target_modules=["dt_proj", "x_proj"])
+    before = {e.site.rpartition(".")[2]: e.verdict for e in fxlora.effects(
+        fxlora.rewrite(traced, lora_config))}  # fmt: skip
+    assert before == {"dt_proj": "bypassed", "x_proj": "live"}
+    lora = with_values(fxlora.rewrite(traced, lora_config, reach="uses"))
+    assert {e.verdict for e in fxlora.effects(lora)} == {"live"}
+    wanted = dense_model(model, lora)(*args, **kwargs).logits
+    torch.testing.assert_close(lora(*args, **kwargs)[0], wanted)
+
+
+def test_an_unmatched_entry_that_names_a_part_says_so() -> None:
+    model = FUSED["phi3"][0]()
+    traced = fxlora.trace(model, *for_model(model, (), None))
+    plan = fxlora.plan(traced, LoraConfig(target_modules=["k_proj", "o_proj"]))
+    said = "'k_proj' is a part of 'model.layers.0.self_attn.qkv_proj' (rows 32:48)"
+    assert said in plan.warnings[0]
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        fxlora.plan(traced, LoraConfig(target_modules=["k_proj"]))
+
+
+def test_the_parts_of_a_layer_are_drawn_in_its_box() -> None:
+    model = FUSED["gpt2"][0]()
+    traced = fxlora.trace(model, *for_model(model, (), None))
+    lora = fxlora.rewrite(traced, LoraConfig(r=2, target_modules=["q", "v"]), reach="slices")
+    text = fxlora_viz.draw(traced, lora).dot
+    for part in ("A · q", "B · q", "A · v", "B · v"):
+        assert text.count(part) == 1
+    assert text.count('label="c_attn') == 2  # before: the layer; after: the box of the site
 
 
 # ---- one adapter for each call -------------------------------------------------------------------

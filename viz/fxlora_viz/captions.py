@@ -9,7 +9,7 @@ from torch.fx import Node
 from fxlora_viz import ops
 from fxlora_viz.grouping import Group
 from fxlora_viz.names import clean, number, quantity, tensor, times
-from fxlora_viz.parts import plain_name
+from fxlora_viz.parts import part_name, plain_name
 from fxlora_viz.picture import Item, Weight
 from fxlora_viz.reading import Reading
 
@@ -38,7 +38,7 @@ def describe(group: Group, reading: Reading, inputs: int) -> Item:
     weights = _weights(group, reading)
     kind, title, lines = _caption(group, reading, weights, inputs)
     result = _result(group)
-    site = last.meta.get("site", "") if group.kind == "role" else ""
+    site = last.meta.get("layer", last.meta.get("site", "")) if group.kind == "role" else ""
     return Item(
         group.key,
         kind,
@@ -85,6 +85,9 @@ def _caption(
 
 def _role_title(group: Group, reading: Reading) -> str:
     title = _ROLES[group.name]
+    part = part_name(group.members[0])
+    if part and not part.startswith("call_"):
+        title = f"{title} · {clean(part, _ADAPTER)}"
     if group.name == "base" or len(reading.info.active) < 2:
         return title
     # Two pairs of A and B behind one W: only the adapter's name tells them apart.

@@ -110,7 +110,7 @@ class Groups:
 
     def _place_rest(self, node: Node, frames: Frames, site: str = "") -> bool:
         """Puts an inserted node into the closed module around its site, if there is one."""
-        at = _owner(frames, site or str(node.meta["site"]))
+        at = _owner(frames, site or str(node.meta.get("layer", node.meta["site"])))
         whole = self._whole(frames)
         if whole is None or whole >= at:
             return False

@@ -75,6 +75,8 @@ def _role(node: Node) -> tuple[str, str, str]:
     """Returns the drawn role of a node, its site and its adapter; ("", "", "") for none."""
     role, site = str(node.meta.get("role", "")), str(node.meta.get("site", ""))
     adapter = str(node.meta.get("adapter", ""))
+    if "layer" in node.meta:  # a part of a fused layer is drawn beside the W it is a part of
+        site, adapter = str(node.meta["layer"]), f"{adapter} {part_name(node)}"
     if not role:
         # The weight that trainable rows are put into is the base of their site.
         putting = [u for u in node.users if _puts_rows(u) and u.args[0] is node]
@@ -95,6 +97,12 @@ def _role(node: Node) -> tuple[str, str, str]:
     return (role, site, adapter) if role in drawn else ("", "", "")
 
 
+def part_name(node: Node) -> str:
+    """Returns what of its layer a node's site is: "q", "call_0"; "" for the layer itself."""
+    layer = node.meta.get("layer")
+    return "" if layer is None else str(node.meta["site"])[len(str(layer)) + 1 :]
+
+
 def _puts_rows(node: Node) -> bool:
     return node.meta.get("role") == "rows" and node.op == "call_method"
 
@@ -106,6 +114,8 @@ def _is_diagonal(node: Node) -> bool:
 
 
 def _unit(node: Node, site: str) -> str:
+    if "use" in node.meta:
+        return f"{site}@{node.meta['use']}"
     frames = [(f.path, f.call) for f in node.meta.get("module_stack", ())]
     # A bare parameter has no call of its own: its owner's call stands for it.
     for path in (site, site.rpartition(".")[0]):
