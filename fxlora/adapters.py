@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch.fx import GraphModule
 
 from fxlora.build import Held, build
@@ -163,6 +164,8 @@ def combine(
     if name in facts.adapters:
         raise AdapterError(f"the graph has an adapter {name!r} already")
     held = _held(lora, facts.active)
+    for n in weights:
+        _check_values(n, held[n])
     held[name] = combined(
         facts.base, {n: held[n] for n in weights}, weights, name, how,
         svd_rank=svd_rank, density=density, majority_sign_method=majority_sign_method,
@@ -212,6 +215,16 @@ def _check_has(lora: GraphModule, name: str) -> None:
     if name not in info(lora).adapters:
         have = list(info(lora).adapters)
         raise AdapterError(f"no adapter {name!r}; the graph has {have}.{did_you_mean(name, have)}")
+
+
+def _check_values(name: str, held: Held) -> None:
+    for path, part in held.parts.items():
+        tensors = [part] if isinstance(part, torch.Tensor) else [*part.parameters()]
+        if any(t.device.type == "meta" for t in tensors):
+            raise AdapterError(
+                f"{path} of adapter {name!r} is on the meta device and has no values to combine; load "
+                "the weights first"
+            )
 
 
 def _check_beside(plan: Plan, others: dict[str, Plan]) -> None:

@@ -65,7 +65,8 @@ def save_adapter(
 
     Raises:
         AdapterError: when the graph has no such adapter.
-        CheckpointError: when the adapter has no values (it is on the meta device).
+        CheckpointError: when the adapter has no values (it is on the meta device), and when a file
+            stands where the folder should.
     """
     facts = info(lora)
     if adapter not in facts.adapters:
@@ -86,7 +87,7 @@ def save_adapter(
     if name == BEYOND:
         settings = {"format": _FORMAT, "reach": list(plan.reach), "config": settings}
     folder = Path(directory) if adapter == ADAPTER else Path(directory) / adapter
-    folder.mkdir(parents=True, exist_ok=True)
+    _make(folder)
     _write_tensors(folder / WEIGHTS, tensors)
     _write(folder / name, json.dumps(settings, indent=2).encode())
     # A configuration of the other form, from an earlier save, would speak of other tensors.
@@ -108,6 +109,18 @@ def _as_layers(plan: Plan) -> tuple[Any, ...]:
         ) if p.adapted else p
         for p in plan.sites
     )  # fmt: skip
+
+
+def _make(folder: Path) -> None:
+    """Makes a folder and those above it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        taken = next(p for p in (folder, *folder.parents) if p.exists() and not p.is_dir())
+        raise CheckpointError(
+            f"{taken} is a file, and an adapter is a folder of two files; nothing was written. Give "
+            "another folder, or move the file away"
+        ) from None
 
 
 def tensors_of(lora: GraphModule, adapter: str) -> dict[str, torch.Tensor]:

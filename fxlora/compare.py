@@ -14,8 +14,9 @@ from torch.fx import GraphModule
 
 from fxlora import peft_side
 from fxlora.canonical import Canonical, canonical, first_difference
+from fxlora.config import init_name
 from fxlora.divergences import FAST_PATH, Divergence, divergences, largest
-from fxlora.errors import TraceError
+from fxlora.errors import TraceError, UnsupportedError
 from fxlora.facts import info
 from fxlora.plan import Plan
 from fxlora.plan import plan as make_plan
@@ -171,6 +172,7 @@ def compare(
     Raises:
         ConfigError: as `fxlora.plan`.
         TraceError: when the model itself cannot be traced.
+        UnsupportedError: on meta, for an initialisation that is computed from the weights.
         Whatever peft raises, when it refuses what fxlora takes.
 
     >>> import torch, fxlora
@@ -189,6 +191,7 @@ def compare(
         traced = trace(model, args, kwargs)
         plan = make_plan(traced, config)
         known = divergences(plan, model)
+        _check_drawn(plan, traced)
         torch.manual_seed(SEED)
         ours = rewrite(traced, plan)
         as_peft = _as_peft(traced, plan, known, ours)
@@ -233,6 +236,26 @@ def compare(
         notes=(*info(traced).notes, *_unproved(certificate)),
         divergences=known,
     )
+
+
+def _check_drawn(plan: Plan, traced: GraphModule) -> None:
+    """Refuses an initialisation peft computes from weights that are not there."""
+    how = str(init_name(plan.config)).partition("_niter")[0]
+    kasa = plan.config.kasa_config is not None
+    if not kasa and how not in ("pissa", "olora", "mica"):
+        return
+    tensors = dict(traced.named_parameters(remove_duplicate=False))
+    weights = [p.site.weight_name for p in plan.adapted]
+    empty = [n for n in weights if n in tensors and tensors[n].device.type == "meta"]
+    if empty:
+        field = "kasa_config" if kasa else f"init_lora_weights={plan.config.init_lora_weights!r}"
+        same = (
+            "" if kasa else ", or compare with init_lora_weights=True, which gives the same graph"
+        )
+        raise UnsupportedError(
+            f"{field} factors the base weights, and {empty[0]!r} is on the meta device, where peft "
+            f"cannot draw the adapter. Compare with weights{same}"
+        )
 
 
 # ---- known divergences -------------------------------------------------------------------------

@@ -305,6 +305,11 @@ DELIBERATE: tuple[Deliberate, ...] = (
         "an empty list is no index",
     ),
     Deliberate(
+        "negative_row", "trainable_token_indices",
+        "makes rows for negative indices, and fails when it runs or merges", "ConfigError",
+        "index_copy takes no negative index",
+    ),
+    Deliberate(
         "init_of_a_parameter", "init_lora_weights",
         "factors the weight of the layer that holds a parameter, whichever parameter it is",
         "ConfigError", "target_modules factors a linear layer's weight",
@@ -390,7 +395,7 @@ def _rows_shared(plan: Plan, model: nn.Module, holders: dict[int, int]) -> list[
 
 
 def _layer(model: nn.Module, p: PlannedSite) -> Any:
-    return None if p.kind == "Parameter" else model.get_submodule(p.name)
+    return None if p.kind == "Parameter" else model.get_submodule(p.site.owner)
 
 
 def largest(a: list[torch.Tensor], b: list[torch.Tensor]) -> float | None:

@@ -16,7 +16,13 @@ from torch.fx import GraphModule, Node
 
 from fxlora.errors import AdapterError
 from fxlora.facts import info
-from fxlora.gradients import gradient_sources, requires_grad, target_name
+from fxlora.gradients import (
+    enabled,
+    gradient_sources,
+    requires_grad,
+    target_name,
+    value_sources,
+)
 from fxlora.plan import PlannedSite
 from fxlora.text import count
 
@@ -33,12 +39,13 @@ class Effect:
         adapter: the adapter's name.
         verdict: "live" (its gradient arrives), "partial" (live, and some calls of the weight are
             not adapted), "bypassed" (every use of the weight goes past the module), "inert" (never
-            called), "cut" (every path to an output passes something that stops the gradient) or
-            "dead" (no path leads to an output).
+            called), "cut" (every path to an output passes something that stops the gradient, or
+            makes zeros of it) or "dead" (no path leads to an output).
         calls: how many calls of the weight are adapted; more than one is a shared site.
         bypassing: the nodes that read the weight past the adapter.
-        witness: for a live site the nodes from the adapter to an output; for a cut one from the
-            adapter to what cuts it.
+        witness: for a live site the nodes from the adapter to the output; for a cut one from the
+            adapter to what cuts it. Each follows from the one before it: it reads its result, or
+            what it wrote into.
         reason: one sentence.
     """
 
@@ -52,7 +59,7 @@ class Effect:
 
     @property
     def live(self) -> bool:
-        """Whether a backward pass gives the adapter a gradient."""
+        """Whether a backward pass gives the adapter a gradient that is not zero by construction."""
         return self.verdict in ("live", "partial")
 
     def to_dict(self) -> dict[str, Any]:
@@ -109,7 +116,8 @@ def effects(lora: GraphModule) -> Effects:
 def reached_parameters(lora: GraphModule) -> set[str]:
     """Returns the names of the parameters a backward pass from the outputs gives a gradient.
 
-    A parameter that several names stand for is listed under its first.
+    This is autograd's own notion, `p.grad is not None`: the zeros that `round` hands on count. A
+    parameter that several names stand for is listed under its first.
     """
     return _Walk(lora).parameters
 
@@ -120,43 +128,36 @@ class _Walk:
     def __init__(self, lora: GraphModule) -> None:
         self._lora = lora
         self._flags = requires_grad(lora)
-        self._sources = gradient_sources(lora)
-        self._reached = self._backward()
-        self._first = {id(p): n for n, p in lora.named_parameters()}
+        self._on = enabled(lora)
+        self._output = next(n for n in reversed(lora.graph.nodes) if n.op == "output")
+        self._autograd = gradient_sources(lora)
+        self._steep = gradient_sources(lora, zeros=False)
+        self._moved = self._backward(self._steep)
+        values = value_sources(lora)
+        self._leads = _closure(self._output, values)
+        self._onward = _turned(values)
+        first = {id(p): n for n, p in lora.named_parameters()}
         self.parameters = {
-            self._first[id(p)]
-            for node in self._reached
+            first[id(p)]
+            for node in self._backward(self._autograd)
             for p in _read(lora, node)
             if p.requires_grad
         }
 
-    def _backward(self) -> set[Node]:
+    def _backward(self, sources: dict[Node, list[Node]]) -> set[Node]:
         """Returns every node a gradient arrives at."""
-        output = next(n for n in reversed(self._lora.graph.nodes) if n.op == "output")
-        todo = deque(n for n in output.all_input_nodes if self._flags[n])
-        reached = set(todo)
-        while todo:
-            for source in self._sources[todo.popleft()]:
-                if source not in reached and self._flags[source]:
-                    reached.add(source)
-                    todo.append(source)
-        return reached
+        kept = {n: [s for s in of if self._flags[s]] for n, of in sources.items()}
+        return _closure(self._output, kept)
 
     # ---- one site
 
     def effect(self, planned: PlannedSite, adapter: str) -> Effect:
         """Returns the effect of one adapter at one site."""
         own = self._own_nodes(planned, adapter)
-        past = tuple(c.node.name for c in planned.site.calls if not self._adapted(planned, c))
+        past = tuple(c.node.name for c in planned.site.calls if not planned.reaches(c))
         adapted = len(planned.site.calls) - len(past)
         verdict, witness, reason = self._verdict(planned, own, past, adapted)
         return Effect(planned.name, adapter, verdict, adapted, past, witness, reason)
-
-    def _adapted(self, planned: PlannedSite, call: Any) -> bool:
-        if planned.form == "delta":
-            stack = call.node.meta.get("module_stack", ())
-            return any(f.path == planned.scope for f in stack)
-        return bool(call.through_module and call.node.op == "call_module")
 
     def _own_nodes(self, planned: PlannedSite, adapter: str) -> list[Node]:
         return [
@@ -174,7 +175,7 @@ class _Walk:
             return "inert", (), "the layer is never called on the traced path"
         if not own:
             return "bypassed", (), f"its weight is read past the module, by {', '.join(past[:3])}"
-        arrived = next((n for n in own if n in self._reached), None)
+        arrived = next((n for n in own if n in self._moved), None)
         if arrived is not None:
             shared = f"; shared by {adapted} calls" if adapted > 1 else ""
             path = self._path(arrived)
@@ -184,62 +185,92 @@ class _Walk:
                 )
                 return "partial", path, more + shared
             return "live", path, "its gradient arrives" + shared
-        cut = self._cut(own)
-        if cut is None:
+        start = next((n for n in own if n in self._leads), None)
+        if start is None:
             return "dead", (), "nothing that leads to an output uses what it computes"
-        where = cut[-1]
-        what = target_name(where) or str(where.target)
-        return "cut", tuple(n.name for n in cut), f"no gradient passes {what!r} ({where.name})"
+        cut = self._cut(start)
+        return "cut", _names(cut), self._why(cut)
 
     def _path(self, start: Node) -> tuple[str, ...]:
-        """Returns a shortest way from a reached node to an output, through reached nodes."""
-        return self._search(start, lambda n: n in self._reached)
+        """Returns a shortest way from a node with a gradient to the output."""
+        came: dict[Node, Node | None] = {start: None}
+        todo = deque([start])
+        while self._output not in came:
+            at = todo.popleft()
+            for onward in self._onward[at]:
+                if onward not in came and onward in self._moved and at in self._steep[onward]:
+                    came[onward] = at
+                    todo.append(onward)
+        return _names(_back(self._output, came))
 
-    def _search(self, start: Node, through: Any) -> tuple[str, ...]:
+    def _cut(self, start: Node) -> list[Node]:
+        """Returns a shortest way towards the output, up to the first node no gradient passes."""
         came: dict[Node, Node | None] = {start: None}
         todo = deque([start])
         while todo:
             at = todo.popleft()
-            if at.op == "output":
+            if not self._flags[at]:
                 return _back(at, came)
-            for user in at.users:
-                if user not in came and (user.op == "output" or through(user)):
-                    came[user] = at
-                    todo.append(user)
-        return (start.name,)
+            for onward in self._onward[at]:
+                if onward in came or onward not in self._leads:
+                    continue
+                came[onward] = at
+                if at not in self._steep[onward]:
+                    return _back(onward, came)
+                todo.append(onward)
+        raise AssertionError(f"a gradient arrives at {start.name}")
 
-    def _cut(self, own: list[Node]) -> list[Node] | None:
-        """Returns a way to an output whose last node is the first that stops the gradient."""
-        leads = self._leads_to_output()
-        start = next((n for n in own if n in leads), None)
-        if start is None:
-            return None
-        path = [start]
-        while path[-1].op != "output":
-            onward = next((u for u in path[-1].users if u in leads), None)
-            if onward is None:
-                break
-            path.append(onward)
-            stops = path[-2] not in self._sources.get(onward, ()) or not self._flags[onward]
-            if onward.op != "output" and stops:
-                break
-        return path
-
-    def _leads_to_output(self) -> set[Node]:
-        leads: set[Node] = set()
-        for node in reversed(self._lora.graph.nodes):
-            if node.op == "output" or any(u in leads for u in node.users):
-                leads.add(node)
-        return leads
+    def _why(self, path: list[Node]) -> str:
+        at = path[-1]
+        if not self._on[at]:
+            return f"{at.name} runs under torch.no_grad()"
+        what = target_name(at) or str(at.target)
+        if self._flags[at] and len(path) > 1 and path[-2] in self._autograd[at]:
+            return f"the derivative of {what!r} is zero everywhere ({at.name})"
+        return f"no gradient passes {what!r} ({at.name})"
 
 
-def _back(end: Node, came: dict[Node, Node | None]) -> tuple[str, ...]:
-    names = []
+def _closure(start: Node, sources: dict[Node, list[Node]]) -> set[Node]:
+    """Returns a node and all it follows from."""
+    found = {start}
+    todo = [start]
+    while todo:
+        for source in sources[todo.pop()]:
+            if source not in found:
+                found.add(source)
+                todo.append(source)
+    return found
+
+
+def _turned(sources: dict[Node, list[Node]]) -> dict[Node, list[Node]]:
+    """Returns, for every node, those that follow from it."""
+    onward: dict[Node, list[Node]] = {n: [] for n in sources}
+    for node, of in sources.items():
+        for source in of:
+            onward[source].append(node)
+    return onward
+
+
+def _back(end: Node, came: dict[Node, Node | None]) -> list[Node]:
+    path = []
     at: Node | None = end
     while at is not None:
-        names.append(at.name)
+        path.append(at)
         at = came[at]
-    return tuple(reversed(names))
+    return path[::-1]
+
+
+def _names(path: list[Node]) -> tuple[str, ...]:
+    """Returns the names along a way, with the call between an argument and one of several results."""
+    names = []
+    for node, onward in zip(path, [*path[1:], None], strict=True):
+        names.append(node.name)
+        if onward is None or node in onward.all_input_nodes or not onward.args:
+            continue
+        call = onward.args[0]
+        if isinstance(call, Node) and node in call.all_input_nodes:
+            names.append(call.name)
+    return tuple(names)
 
 
 def _read(lora: GraphModule, node: Node) -> list[nn.Parameter]:

@@ -232,4 +232,10 @@ def _rows(name: str, indices: list[int], model: nn.Module, tied_to: str = "") ->
         raise ConfigError(
             f"trainable_token_indices has {bad[0]!r} for {name!r}, which has rows 0 to {count - 1}"
         )
+    below = [i for i in indices if i < 0]
+    if below:
+        raise ConfigError(
+            f"trainable_token_indices has {below[0]} for {name!r}: a row counts from 0, and "
+            f"index_copy takes no negative ones. Write {below[0] + count}"
+        )
     return TokenRows(name, tuple(indices), dim, tied_to)

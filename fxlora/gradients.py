@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,6 +27,28 @@ _SHAPE_ONLY = {
     "to": 1,
     "cast_like": 1,
 }
+# Arguments without a derivative, though the first one has one: the position of the first of them.
+_NO_DERIVATIVE = {
+    "hinge_embedding_loss": 1,
+    "resize_as": 1,
+    "logical_and_": 1,
+    "logical_or_": 1,
+    "logical_xor_": 1,
+}
+# torch.special's functions without a backward.
+_SPECIAL = re.compile(r"special_.*(bessel|airy|polynomial)")
+_NORMS = frozenset("norm norm_except_dim linalg_norm linalg_vector_norm vector_norm".split())
+# Functions autograd hands only zeros through: of all their arguments ...
+_FLAT = frozenset(
+    "round round_ floor floor_ ceil ceil_ trunc trunc_ fix fix_ sign sign_ sgn sgn_ angle "
+    "special_round eq_ ne_ not_equal_ lt_ less_ le_ less_equal_ gt_ greater_ ge_ greater_equal_ "
+    "logical_not_ logical_and_ logical_or_ logical_xor_ bernoulli".split()
+)
+# ... or of the tensor they write over.
+_OVERWRITES = frozenset(
+    "zero_ fill_ copy_ normal_ uniform_ bernoulli_ random_ exponential_ cauchy_ geometric_ "
+    "log_normal_".split()
+)
 _CASTS = frozenset("to cast_like type type_as float half bfloat16 double".split())
 _INTEGER = frozenset("long int short char byte bool".split())
 
@@ -47,17 +71,10 @@ def requires_grad(graph_module: GraphModule) -> dict[Node, bool]:
     [False, True, True, True]
     """
     flags: dict[Node, bool] = {}
-    enabled = True
-    switches: list[bool] = []
+    on = enabled(graph_module)
     for node in graph_module.graph.nodes:
-        name = target_name(node)
-        if name == "enter_grad_mode":
-            switches.append(enabled)
-            enabled = bool(node.args[0])
-        elif name == "leave_grad_mode":
-            enabled = switches.pop()
-        flags[node] = _flag(graph_module, node, name, flags, enabled)
-        if enabled and node.meta.get("mutates"):
+        flags[node] = _flag(graph_module, node, target_name(node), flags, on[node])
+        if on[node] and node.meta.get("mutates"):
             _spread(node, flags)
     return flags
 
@@ -72,7 +89,7 @@ def target_name(node: Node) -> str:
     return str(getattr(target, "__name__", target)).rpartition(".")[2]
 
 
-def _flag(root: GraphModule, node: Node, name: str, flags: dict[Node, bool], enabled: bool) -> bool:
+def _flag(root: GraphModule, node: Node, name: str, flags: dict[Node, bool], on: bool) -> bool:
     if "requires_grad" in node.meta:  # an input, or a part of one
         return bool(node.meta["requires_grad"])
     if node.op == "placeholder":
@@ -83,11 +100,11 @@ def _flag(root: GraphModule, node: Node, name: str, flags: dict[Node, bool], ena
         return any(flags[n] for n in node.all_input_nodes)
     if name == "requires_grad_":
         return bool(node.args[1]) if len(node.args) > 1 else True
-    if name in _CUT or name in _INTEGER or not _is_differentiable(node.meta.get("dtype")):
+    if _cuts(node, name) or not _is_differentiable(node.meta.get("dtype")):
         return False
-    if node.meta.get("mutates") and not enabled:
+    if node.meta.get("mutates") and not on:
         return any(flags[n] for n in node.meta["mutates"])
-    if not enabled:
+    if not on:
         # Under no_grad a result holds no gradient, unless it is the very tensor that came in.
         source = _handed_on(root, node, name)
         return source is not None and flags[source]
@@ -111,11 +128,52 @@ def _handed_on(root: GraphModule, node: Node, name: str) -> Node | None:
     return source if name in _CASTS and same else None
 
 
+def _cuts(node: Node, name: str) -> bool:
+    """Whether a call's result holds no gradient whatever goes in."""
+    if name in _NORMS and _argument(node, 1, "p", "ord", "pow") == 0:
+        return True  # the zero norm is a count
+    return name in _CUT or name in _INTEGER or _SPECIAL.match(name) is not None
+
+
+def _argument(node: Node, position: int, *names: str) -> Any:
+    if len(node.args) > position:
+        return node.args[position]
+    return next((node.kwargs[n] for n in names if n in node.kwargs), None)
+
+
 def _sources(node: Node, name: str) -> list[Node]:
-    stop = _SHAPE_ONLY.get(name)
+    stop = _SHAPE_ONLY.get(name, _NO_DERIVATIVE.get(name))
     if stop is None:
         return list(node.all_input_nodes)
     return [n for n in node.args[:stop] if isinstance(n, Node)]
+
+
+def _halves(node: Node, sources: list[Node]) -> list[Node]:
+    """Returns a node's sources where attention is one call with two results.
+
+    Its second result, the attention weights, does not come from out_proj.
+    """
+    call: Any = node.args[0] if target_name(node) == "getitem" and node.args[1] == 0 else node
+    if not isinstance(call, Node) or target_name(call) != "multi_head_attention_forward":
+        return sources
+    if any(target_name(u) != "getitem" for u in call.users):
+        return sources
+    out_proj = [n for n in call.args[11:13] if isinstance(n, Node)]
+    if call is node:
+        return [n for n in sources if n not in out_proj]
+    return [*sources, *out_proj]
+
+
+def _flat_sources(node: Node, name: str) -> list[Node]:
+    """Returns the inputs whose derivative is zero everywhere: their gradient arrives as zeros."""
+    first = [n for n in node.args[:1] if isinstance(n, Node)]
+    if name in _FLAT or (name in ("div", "divide") and node.kwargs.get("rounding_mode")):
+        return list(node.all_input_nodes)
+    if name in _OVERWRITES or (name == "setitem" and node.args[1] in (slice(None), ...)):
+        return first
+    if name in ("copysign", "copysign_"):
+        return [n for n in node.args[1:] if isinstance(n, Node)]
+    return []
 
 
 def _is_differentiable(dtype: torch.dtype | None) -> bool:
@@ -123,8 +181,10 @@ def _is_differentiable(dtype: torch.dtype | None) -> bool:
 
 
 _VIEWS = frozenset(
-    "view reshape transpose permute getitem unsqueeze squeeze expand t T mT chunk split unbind "
-    "narrow select flatten alias view_as".split()
+    "view reshape transpose permute getitem unsqueeze squeeze expand t T mT H mH chunk split unbind "
+    "narrow select flatten alias view_as movedim moveaxis swapaxes swapdims unflatten diagonal "
+    "expand_as unfold as_strided tensor_split hsplit vsplit dsplit contiguous real imag "
+    "view_as_real".split()
 )
 
 
@@ -134,14 +194,13 @@ def _spread(node: Node, flags: dict[Node, bool]) -> None:
     if not written and not flags.get(node, False):
         return
     for changed in node.meta["mutates"]:
-        base = changed
-        flags[base] = True
-        while target_name(base) in _VIEWS and base.args and isinstance(base.args[0], Node):
-            base = base.args[0]
+        base: Node | None = changed
+        while base is not None:
             flags[base] = True
+            base = _same(base) or _viewed(base)
 
 
-def gradient_sources(graph_module: GraphModule) -> dict[Node, list[Node]]:
+def gradient_sources(graph_module: GraphModule, zeros: bool = True) -> dict[Node, list[Node]]:
     """Returns, for every node, the nodes a gradient that arrives at it goes on to.
 
     Those are the tensors it computes with, and for a tensor that was written to in place before it
@@ -149,23 +208,120 @@ def gradient_sources(graph_module: GraphModule) -> dict[Node, list[Node]]:
 
     Args:
         graph_module: a traced or rewritten graph; not run and not changed.
+        zeros: whether to follow, as autograd does, what can only be handed zeros: the argument of
+            `round`, a tensor that is written over.
     """
-    sources: dict[Node, list[Node]] = {}
-    writers: dict[Node, list[Node]] = {}
+    on = enabled(graph_module)
+
+    def direct(node: Node, name: str) -> list[Node]:
+        if not on[node]:
+            # Written to without a gradient, a tensor keeps the one it had.
+            source = _same(node) or _handed_on(graph_module, node, name)
+            return [] if source is None else [source]
+        if _cuts(node, name):
+            return []
+        flat = [] if zeros else _flat_sources(node, name)
+        return _halves(node, [n for n in _sources(node, name) if n not in flat])
+
+    return _followed(graph_module, direct)
+
+
+def value_sources(graph_module: GraphModule) -> dict[Node, list[Node]]:
+    """Returns, for every node, the nodes its value is computed from, whatever a gradient does.
+
+    Args:
+        graph_module: a traced or rewritten graph; not run and not changed.
+    """
+    return _followed(graph_module, lambda n, _: _halves(n, list(n.all_input_nodes)))
+
+
+def enabled(graph_module: GraphModule) -> dict[Node, bool]:
+    """Says for every node whether gradients are switched on where it runs.
+
+    Args:
+        graph_module: a traced or rewritten graph; not run and not changed.
+    """
+    found: dict[Node, bool] = {}
+    on = True
+    before: list[bool] = []
     for node in graph_module.graph.nodes:
-        found = []
-        for source in _sources(node, target_name(node)):
-            found.append(source)
-            found += [w for w in writers.get(_base_of(source), ()) if w is not source]
-        sources[node] = found
-        for changed in node.meta.get("mutates", ()):
-            writers.setdefault(_base_of(changed), []).append(node)
+        name = target_name(node)
+        if name == "enter_grad_mode":
+            before.append(on)
+            on = bool(node.args[0])
+        elif name == "leave_grad_mode":
+            on = before.pop()
+        found[node] = on
+    return found
+
+
+def _followed(
+    graph_module: GraphModule,
+    direct: Callable[[Node, str], list[Node]],
+) -> dict[Node, list[Node]]:
+    """Returns every node's sources, those that write into what it reads included."""
+    sources: dict[Node, list[Node]] = {}
+    writes: dict[Node, list[tuple[Node, Node]]] = {}
+    for node in graph_module.graph.nodes:
+        read = direct(node, target_name(node))
+        found = [n for s in read for n in _now(s, writes.get(_memory(s), []))]
+        sources[node] = list(dict.fromkeys(found))
+        for changed in _written(node):
+            writes.setdefault(_memory(changed), []).append((node, _whole(changed)))
     return sources
 
 
-def _base_of(node: Node) -> Node:
-    while target_name(node) in _VIEWS and node.args and isinstance(node.args[0], Node):
-        node = node.args[0]
+def _written(node: Node) -> tuple[Node, ...]:
+    """Returns the nodes of whose tensor there is another one after a call."""
+    if target_name(node) == "detach_" and isinstance(node.args[0], Node):
+        return (node.args[0],)
+    return tuple(node.meta.get("mutates", ()))
+
+
+def _now(source: Node, writes: list[tuple[Node, Node]]) -> list[Node]:
+    """Returns what a tensor is made of when it is read: itself and the writes since.
+
+    A write to all of it stands in its place; a write through a view, beside it.
+    """
+    since = [(w, changed) for w, changed in writes if source < w]
+    whole = [i for i, (_, changed) in enumerate(since) if changed is _whole(source)]
+    if not whole:
+        return [source, *(w for w, _ in since)]
+    return [w for w, _ in since[whole[-1] :]]
+
+
+def _same(node: Node) -> Node | None:
+    """Returns the node whose tensor object a call in place hands back."""
+    written = node.meta.get("mutates", ())
+    given = node.kwargs.get("out", node.args[0] if node.args else None)
+    return given if isinstance(given, Node) and given in written else None
+
+
+def _viewed(node: Node) -> Node | None:
+    """Returns the node whose memory a view shows."""
+    base = node.args[0] if node.args else None
+    name = target_name(node)
+    if node.op == "call_module" or name not in _VIEWS or not isinstance(base, Node):
+        return None
+    if name == "getitem" and "dtype" in node.meta and "dtype" not in base.meta:
+        # One of several results: no view of the others, unless they are views of one tensor.
+        return base if target_name(base) in _VIEWS else None
+    # What is picked by a tensor or a list of positions is a copy.
+    keys = node.args[1] if name == "getitem" else ()
+    keys = keys if isinstance(keys, tuple) else (keys,)
+    picked = any(isinstance(k, list) or (isinstance(k, Node) and "dtype" in k.meta) for k in keys)
+    return None if picked else base
+
+
+def _whole(node: Node) -> Node:
+    while (before := _same(node)) is not None:
+        node = before
+    return node
+
+
+def _memory(node: Node) -> Node:
+    while (before := _same(node) or _viewed(node)) is not None:
+        node = before
     return node
 
 

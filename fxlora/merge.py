@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.fx import Graph, GraphModule
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from fxlora import dense
 from fxlora.build import Held
@@ -35,7 +38,8 @@ def merge(lora: GraphModule, safe: bool = False) -> GraphModule:
         safe: whether to refuse a merged weight that is not finite, as PEFT's `safe_merge`.
 
     Returns:
-        A `torch.fx.GraphModule`; untouched parameters share the storage of the rewritten graph's.
+        A `torch.fx.GraphModule`; untouched parameters, and modules_to_save, share the storage of the
+        rewritten graph's, and have flags of their own.
 
     Raises:
         AdapterError: when no adapter is active, when a layer cannot hold what its adapter computes
@@ -68,8 +72,25 @@ def merge(lora: GraphModule, safe: bool = False) -> GraphModule:
             _merge_site(root, h, planned, bases, safe)
     for h in held.values():
         _merge_extras(root, h)
-    facts = replace(info(facts.base), notes=(*facts.notes, f"merged: {', '.join(facts.active)}"))
+    notes = (*facts.notes, f"merged: {', '.join(facts.active)}", *_untied(facts.base, root))
+    facts = replace(info(facts.base), notes=notes)
     return graph_module(root, graph, facts)
+
+
+def _untied(base: GraphModule, root: nn.Module) -> Iterator[str]:
+    """Yields a note for each tied parameter that is two now: a tied model cannot hold both."""
+    names: dict[int, list[str]] = {}
+    for name, p in base.named_parameters(remove_duplicate=False):
+        names.setdefault(id(p), []).append(name)
+    now = dict(root.named_parameters(remove_duplicate=False))
+    for first, *others in names.values():
+        apart = [n for n in others if n in now and first in now and now[n] is not now[first]]
+        if apart:
+            yield (
+                f"{apart[0]} is no longer {first}, to which the model ties it: a tied model loads one "
+                "of the two into both. Load the state dict into a model with untied weights "
+                "(transformers: tie_word_embeddings=False)"
+            )
 
 
 def _residuals(root: nn.Module, held: Held) -> None:
@@ -159,7 +180,7 @@ def _plain(root: nn.Module, owner: str, layer: Any) -> Any:
             "there is not known, so it is not merged. Leave it out with exclude_modules"
         )
     made = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-    made.weight = nn.Parameter(layer.weight.detach(), requires_grad=False)
+    made.weight = nn.Parameter(_computed(layer).detach(), requires_grad=False)
     if layer.bias is not None:
         made.bias = layer.bias
     made.train(layer.training)
@@ -173,6 +194,21 @@ def _plain(root: nn.Module, owner: str, layer: Any) -> Any:
     parent, _, last = owner.rpartition(".")
     root.get_submodule(parent)._modules[last] = made
     return made
+
+
+def _computed(layer: Any) -> torch.Tensor:
+    """Returns the weight a layer computes with in eval mode.
+
+    The normalisations of old leave in `weight` what their hook computed last, and before the first
+    run what it has not computed yet.
+    """
+    weight: torch.Tensor = layer.weight
+    for hook in layer._forward_pre_hooks.values():
+        if isinstance(hook, SpectralNorm):
+            weight = hook.compute_weight(layer, do_power_iteration=False)
+        elif isinstance(hook, WeightNorm):
+            weight = hook.compute_weight(layer)
+    return weight
 
 
 def _is_parametrized(layer: nn.Module) -> bool:
@@ -212,6 +248,10 @@ def _merge_extras(root: nn.Module, held: Held) -> None:
         part = held.parts[f"{saved.name}.modules_to_save.{adapter}"]
         parent, _, last = saved.name.rpartition(".")
         assert isinstance(part, nn.Module)
+        before = dict(root.get_submodule(saved.name).named_parameters())
+        for name, p in part.named_parameters():
+            # A view of the copy's numbers; its flag is the model's, as every other parameter's is.
+            p.requires_grad = before[name].requires_grad
         root.get_submodule(parent)._modules[last] = part
     for t in held.plan.tokens:
         owner = t.tied_to or t.name

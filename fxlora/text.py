@@ -50,3 +50,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[in
         return "  ".join(out).rstrip()
 
     return "\n".join([line(cells[0]), "  ".join("-" * w for w in widths), *map(line, cells[1:])])
+
+
+def share_of(part: float, whole: float) -> float:
+    """Returns a share; of nothing, none."""
+    return part / whole if whole else 0.0

@@ -14,6 +14,7 @@ from torch import nn
 import fxlora
 from fxlora import adapters
 from fxlora.errors import AdapterError
+from fxlora.facts import info
 
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
 
@@ -159,3 +160,104 @@ def test_comparing_leaves_a_limited_embedding_alone() -> None:
     ids = torch.arange(20).view(4, 5)
     assert fxlora.compare(model, config(target_modules=["1"]), (ids,)).equal
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+# ---- merging ------------------------------------------------------------------------------------
+
+
+def perturbed(lora: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    with torch.no_grad():
+        for p in lora.parameters():
+            if p.requires_grad:
+                p.data = p + 0.1
+    return lora
+
+
+def test_a_merged_graph_has_flags_of_its_own_for_a_module_trained_as_a_whole() -> None:
+    lora = perturbed(fxlora.rewrite(traced(), config(modules_to_save=["head"])))
+    merged = fxlora.merge(lora)
+    flags = {n: p.requires_grad for n, p in lora.named_parameters()}
+    assert {n: p.requires_grad for n, p in merged.named_parameters()} == dict.fromkeys(
+        [n for n, _ in Mlp().named_parameters()], True
+    )
+    assert merged.head.weight.data_ptr() == (  # type: ignore[union-attr]
+        lora.get_parameter("head.modules_to_save.default.weight").data_ptr()
+    )
+    for wanted in (False, True):
+        merged.requires_grad_(wanted)
+        assert {n: p.requires_grad for n, p in lora.named_parameters()} == flags
+    lora.requires_grad_(False)
+    assert all(p.requires_grad for p in merged.parameters())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("runs", [0, 3])
+@pytest.mark.parametrize("wrap", [nn.utils.spectral_norm, nn.utils.weight_norm])
+def test_a_normalisation_of_old_is_merged_as_it_computes_whether_it_ran_or_not(
+    wrap: Any, runs: int
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(wrap(nn.Linear(6, 8)), nn.Linear(8, 3))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(2)  # what the hook computed last is of other numbers
+    for _ in range(runs):
+        model(X)
+    lora = perturbed(fxlora.rewrite(fxlora.trace(model, (X,)), config(target_modules=["0"]))).eval()
+    merged = fxlora.merge(lora)
+    torch.testing.assert_close(merged(X), lora(X))
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(5, 6)
+        self.head = nn.Linear(6, 5, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.head(self.embed(x))
+        return out
+
+
+def test_a_merged_graph_says_which_tied_weight_is_two_now() -> None:
+    x = torch.arange(5)
+    lora = perturbed(fxlora.rewrite(fxlora.trace(Tied(), (x,)), config(target_modules=["head"])))
+    with torch.no_grad():
+        lora.get_parameter("head.lora_B.default.weight").fill_(0.5)
+    merged = fxlora.merge(lora)
+    (note,) = [n for n in info(merged).notes if "ties" in n]
+    assert note.startswith("head.weight is no longer embed.weight, to which the model ties it")
+    assert "untied weights" in note
+    tied = Tied()
+    tied.load_state_dict(merged.state_dict())
+    assert not torch.allclose(tied(x), merged(x))
+    tied.head.weight = nn.Parameter(torch.empty(5, 6))
+    tied.load_state_dict(merged.state_dict())
+    torch.testing.assert_close(tied(x), merged(x))
+
+
+def test_an_untouched_tie_gives_no_note() -> None:
+    class Both(Tied):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mid = nn.Linear(6, 6)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.head(self.mid(self.embed(x)))
+            return out
+
+    graph = fxlora.trace(Both(), (torch.arange(5),))
+    merged = fxlora.merge(fxlora.rewrite(graph, config(target_modules=["mid"])))
+    assert not [n for n in info(merged).notes if "ties" in n]
+
+
+# ---- without weights ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["svd", "linear", "cat", "ties"])
+def test_adapters_without_values_are_not_combined(how: str) -> None:
+    graph = fxlora.trace(Mlp().to("meta"), (X.to("meta"),))
+    both = adapters.add(fxlora.rewrite(graph, config()), config(), "other")
+    with pytest.raises(AdapterError, match=r"adapter 'default' is on the meta device.*load the"):
+        adapters.combine(both, {"default": 0.5, "other": 0.5}, "mix", how, density=0.5)

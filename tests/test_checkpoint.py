@@ -322,3 +322,13 @@ def test_check_is_one_and_names_the_nearest_when_it_does_not_fit(
     notes = {r["status"]: r["note"] for r in found["rows"]}
     assert "Did you mean" in notes["unexpected"]
     assert main(["check", str(saved / "nowhere"), "--base", "tiny:sequential"]) == 2
+
+
+@pytest.mark.parametrize("below", ["", "inside", "inside/deeper"])
+def test_a_file_in_the_folder_s_place_is_named_and_left_alone(tmp_path: Path, below: str) -> None:
+    taken = tmp_path / "adapter"
+    taken.write_text("notes")
+    with pytest.raises(CheckpointError, match=r"adapter is a file, .* Give another folder"):
+        fxlora.save_adapter(adapted(), taken / below)
+    assert taken.read_text() == "notes"
+    assert list(tmp_path.iterdir()) == [taken]

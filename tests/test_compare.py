@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
+from peft.tuners.lora.config import KasaConfig
 from torch import nn
 from torch.fx import GraphModule, Node
 from zoo import ZOO
@@ -17,6 +18,7 @@ import fxlora
 from fxlora import peft_side
 from fxlora.canonical import canonical
 from fxlora.compare import certify
+from fxlora.errors import UnsupportedError
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -182,3 +184,18 @@ def test_the_report_shows_names_flags_totals_and_trees() -> None:
     assert row.peft_name == "base_model.model.0.base_layer.weight"
     assert (row.before, row.after, row.peft_after) == (True, False, False)
     assert result.to_dict()["certificate"]["equal"] is True
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"init_lora_weights": how} for how in ("pissa", "pissa_niter_2", "olora", "mica")),
+        {"kasa_config": KasaConfig()},
+    ],
+    ids=str,
+)
+def test_what_peft_draws_from_weights_is_not_compared_on_meta(settings: dict[str, Any]) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).to("meta")
+    config = LoraConfig(r=2, target_modules=["0"], **settings)
+    with pytest.raises(UnsupportedError, match=r"'0.weight' is on the meta device.*with weights"):
+        fxlora.compare(model, config, (torch.empty(2, 8, device="meta"),))

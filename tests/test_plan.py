@@ -353,3 +353,37 @@ class TestPlan:
     def test_an_unknown_site_is_answered_with_the_nearest(self) -> None:
         with pytest.raises(KeyError, match=r"Did you mean 'layers\.0\.proj'"):
             planned(LoraConfig(target_modules=["proj"]))["layers.0.prj"]
+
+
+class Rows(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb = nn.Embedding(10, 4)
+        self.lin = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.lin(self.emb(x))
+        return out
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([-1], "has -1 for 'emb': a row counts from 0.* Write 9"),
+        ([2, -8], "has -8 for 'emb': a row counts from 0.* Write 2"),
+        ([10], "has 10 for 'emb', which has rows 0 to 9"),
+        ([True], "holds True, no int"),
+    ],
+)
+def test_a_row_peft_fails_on_is_refused(rows: list[int], message: str) -> None:
+    graph = fxlora.trace(Rows(), (torch.arange(10),))
+    config = LoraConfig(target_modules=["lin"], trainable_token_indices={"emb": rows})
+    with pytest.raises(ConfigError, match=message):
+        fxlora.plan(graph, config)
+
+
+def test_a_row_named_twice_trains_twice_as_in_peft() -> None:
+    config = LoraConfig(target_modules=["lin"], trainable_token_indices={"emb": [1, 1]})
+    result = fxlora.compare(Rows(), config, (torch.arange(10),))
+    assert result.equal, str(result)
+    assert result.plan.tokens[0].numel == 8

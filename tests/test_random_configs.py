@@ -370,6 +370,10 @@ def no_rows(case: Case) -> bool:
     return only_ours(case) and "trains no row" in text(case)
 
 
+def negative_row(case: Case) -> bool:
+    return only_ours(case) and "a row counts from 0" in text(case)
+
+
 def init_of_a_parameter(case: Case) -> bool:
     refused = re.search("init_lora_weights=.* factors .* is a Parameter", text(case))
     return only_ours(case) and refused is not None
@@ -403,7 +407,7 @@ EXCUSES: dict[str, Callable[[Case], bool]] = {
     f.__name__: f
     for f in (
         wrong_type, unread_value, constructor_rules, negative_dropout, not_finite,
-        no_rows, init_of_a_parameter, pissa_without_scaling, adapter_inside_saved,
+        no_rows, negative_row, init_of_a_parameter, pissa_without_scaling, adapter_inside_saved,
         saved_part_of_an_adapter, mica_in_capitals,
         init_from_data, init_not_read, rank_above_the_weight, olora_on_conv1d, tied_weight_changed,
         tokens_of_an_adapted_layer, attention_and_its_projection, parameter_of_a_layer,
@@ -515,6 +519,10 @@ SEEN: dict[str, Seen] = {
     ),
     "no_rows": Seen(
         TEXT, {"target_modules": ["lm_head"], "trainable_token_indices": {"embed_tokens": []}},
+        lambda m: fails(lambda: m(*TEXT.build()[1])),
+    ),
+    "negative_row": Seen(
+        TEXT, {"target_modules": ["lm_head"], "trainable_token_indices": {"embed_tokens": [-1]}},
         lambda m: fails(lambda: m(*TEXT.build()[1])),
     ),
     "init_of_a_parameter": Seen(

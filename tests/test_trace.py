@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 import threading
+from collections.abc import Callable
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -513,3 +516,29 @@ class TestReplay:
             with torch.device("meta"):
                 model = LlamaForCausalLM(config)
             assert info(fxlora.trace(model)).replayed == layers - 1
+
+
+POWERS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "square": lambda h: h**2,
+    "power": lambda h: h ** h.abs(),
+    "exponent": lambda h: 2**h,
+    "method": lambda h: torch.Tensor.__pow__(h, 2),
+    "in place": lambda h: operator.ipow(h.clone(), 3),
+    "numpy divisor": lambda h: h / numpy.sqrt(8),
+    "numpy keyword": lambda h: torch.add(h, h, alpha=numpy.float32(2)),
+    "numpy size": lambda h: h.view(numpy.int64(2), -1),
+}
+
+
+@pytest.mark.parametrize("name", POWERS)
+def test_powers_and_numpy_s_scalars_are_code_that_runs(name: str) -> None:
+    class One(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return POWERS[name](self.lin(x))
+
+    model, x = One(), torch.randn(6, 4)
+    torch.testing.assert_close(fxlora.trace(model, (x,))(x), model(x), equal_nan=True)

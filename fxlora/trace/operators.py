@@ -43,6 +43,9 @@ _REFLECTED: dict[str, Any] = {
     }.items()
 }
 
+# torch wraps these and leaves them the names `pow` and `pow_`, by which no module has them.
+_POWERS = {torch.Tensor.__pow__: operator.pow, torch.Tensor.__ipow__: operator.ipow}
+
 
 def normal(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -54,6 +57,8 @@ def normal(
         return getattr, (args[0], owner.__name__), {}
     if name == "__set__" and hasattr(owner, "__name__"):
         return setattr, (args[0], owner.__name__, args[1]), {}
+    if func in _POWERS and not kwargs:
+        return _POWERS[func], args, kwargs
     if name in _OPERATORS and not kwargs:
         return _OPERATORS[name], args, kwargs
     if name in _REFLECTED and len(args) == 2 and not kwargs:

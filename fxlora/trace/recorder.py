@@ -179,6 +179,10 @@ class Recorder(TorchFunctionMode):
             return list(value)
         if isinstance(value, torch.device) and value == self._device:
             return self._here(value)
+        if type(value).__module__ == "numpy" and type(value).__name__ != "ndarray":
+            return (
+                value.item()
+            )  # a scalar prints as np.float64(2.0), which a graph's code cannot read
         return value
 
     def _here(self, device: torch.device) -> Any:
