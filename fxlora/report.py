@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from fxlora.text import count, human, table
+from fxlora.text import count, human, open_indices, table
 
 if TYPE_CHECKING:
     from fxlora.compare import Comparison, Parameter
@@ -23,11 +23,6 @@ def totals(trainable: int, total: int, percent: float) -> str:
     return (
         f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {percent:.4f}"
     )
-
-
-def _group(name: str) -> str:
-    """Returns a name with its layer indices left open: `model.layers.*.self_attn.q_proj`."""
-    return re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)", "*", name)
 
 
 def ranges(indices: list[int]) -> str:
@@ -50,9 +45,11 @@ def plan_rows(plan: Plan) -> list[tuple[str, ...]]:
     groups: dict[tuple[object, ...], list[PlannedSite]] = {}
     for s in plan:
         # The layer's own name is in a reason ("names it: 'model.layers.0...'"); leave it open too.
-        reason = _group(s.reason.replace(s.name, _group(s.name))) if s.name else s.reason
+        reason = (
+            open_indices(s.reason.replace(s.name, open_indices(s.name))) if s.name else s.reason
+        )
         calls = (len(s.site.calls), s.bypassed)
-        key = (_group(s.name), s.kind, s.site.shape, s.verdict, reason, s.r, s.scaling, calls)
+        key = (open_indices(s.name), s.kind, s.site.shape, s.verdict, reason, s.r, s.scaling, calls)
         groups.setdefault(key, []).append(s)
     rows: list[tuple[str, ...]] = []
     for group, members in groups.items():
@@ -113,7 +110,7 @@ def effects_text(effects: Sequence[Effect]) -> str:
     groups: dict[tuple[str, ...], list[Effect]] = {}
     for e in effects:
         reason = re.sub(r"_\d+\b", "_*", e.reason)
-        key = (_group(e.site), e.adapter, e.verdict, str(e.calls), reason)
+        key = (open_indices(e.site), e.adapter, e.verdict, str(e.calls), reason)
         groups.setdefault(key, []).append(e)
     rows = []
     for (name, adapter, verdict, calls, reason), members in groups.items():

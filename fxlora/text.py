@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 
@@ -55,3 +56,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[in
 def share_of(part: float, whole: float) -> float:
     """Returns a share; of nothing, none."""
     return part / whole if whole else 0.0
+
+
+def open_indices(name: str) -> str:
+    """Returns a name with its layer indices left open.
+
+    >>> open_indices("model.layers.3.self_attn.q_proj")
+    'model.layers.*.self_attn.q_proj'
+    """
+    return re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)", "*", name)
