@@ -1,4 +1,4 @@
-"""The command line: `fxlora plan | draw | compare | check`, the outermost layer."""
+"""The command line: `fxlora plan | draw | compare | lint | check`, the outermost layer."""
 
 from __future__ import annotations
 
@@ -28,11 +28,12 @@ examples
   fxlora plan path/to/config.json -t all-linear --explain model.layers.3.mlp.gate_proj
   fxlora draw llama -t all-linear -o lora.svg
   fxlora compare mymodels:tiny -t 0,2 --json
+  fxlora lint llama -r 16 -t all-linear --format sarif -o lora.sarif
   fxlora check path/to/adapter --base llama
 
 exit codes
-  0  done (compare: the two sides are equal; check: the adapter fits)
-  1  compare: they differ; check: it does not fit
+  0  done (compare: the two sides are equal; lint: nothing found; check: the adapter fits)
+  1  compare: they differ; lint: a finding at or above --fail-on; check: it does not fit
   2  the command line, the configuration or the model is wrong; the message says how
   3  the model cannot be traced, or peft refused it
 """
@@ -45,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments without the program's name; `sys.argv` when None.
 
     Returns:
-        The exit code: 0 done, 1 differs, 2 a wrong argument, 3 a model that cannot be followed.
+        The exit code: 0 done, 1 differs or found, 2 a wrong argument, 3 a model that cannot be
+        followed.
     """
     arguments = _parser().parse_args(argv)
     if not sys.warnoptions:
@@ -61,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _failed(error: FxloraError, arguments: argparse.Namespace) -> int:
     from fxlora.errors import CheckpointError, ConfigError, ModelSpecError
 
-    if arguments.json:
+    if arguments.json or getattr(arguments, "format", None) == "json":
         print(json.dumps({"error": type(error).__name__, "message": str(error)}))
     print(f"fxlora: {error}", file=sys.stderr)
     return (
@@ -104,8 +106,35 @@ def _parser() -> argparse.ArgumentParser:
                 "-o", "--output", default="lora.svg", metavar="FILE",
                 help="by its suffix: .svg .dot .html .png .pdf (default: lora.svg)",
             )  # fmt: skip
+    _add_lint(commands)
     _add_check(commands)
     return parser
+
+
+def _add_lint(commands: Any) -> None:
+    text = "what goes wrong later with this configuration, before a GPU hour is spent"
+    command = commands.add_parser(
+        "lint", help=text, description=f"fxlora lint: {text}.\n\n{_DESCRIPTION}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    _add_config(command, optional=True)
+    add = command.add_argument
+    add("--select", metavar="RULES", help="ids, names, starts of ids (FXL2), DEFAULT or ALL; comma-separated")  # fmt: skip
+    add("--ignore", metavar="RULES", help="the same, of rules that do not run")
+    add("--severity", metavar="RULE=LEVEL", action="append", help="error, warning or note; may be given again")  # fmt: skip
+    add("--fail-on", metavar="LEVEL", choices=("error", "warning", "note", "never"), help="exit with 1 from this severity on (default: warning)")  # fmt: skip
+    add("--format", choices=("text", "json", "sarif"), help="default: text")
+    add("-o", "--output", metavar="FILE", help="write the report there instead of printing it")
+    add("--settings", metavar="FILE", help="a .toml or .json file (default: fxlora.toml or pyproject.toml, from here up)")  # fmt: skip
+    add("--gradient-checkpointing", choices=("none", "reentrant", "non-reentrant"), help="how the training checkpoints its blocks")  # fmt: skip
+    add("--input-require-grads", action="store_true", default=None, help="the training calls model.enable_input_require_grads()")  # fmt: skip
+    add("--dtype", metavar="DTYPE", help="what merged weights are stored in: bfloat16, float16 or float32")  # fmt: skip
+    add("--trained-b", type=float, metavar="RMS", help="size of a trained lora_B, for the merge drift (default: 0.01)")  # fmt: skip
+    add("--serve", metavar="ENGINE", help="the serving engine: vllm")
+    add("--max-lora-rank", type=int, metavar="N", help="its largest rank (default: 16)")
+    add("--explain-rule", metavar="RULE", help="print the page of a rule")
+    add("--list-rules", action="store_true", help="print every rule")
+    command.set_defaults(run=_lint)
 
 
 def _add_check(commands: Any) -> None:
@@ -120,18 +149,18 @@ def _add_check(commands: Any) -> None:
     command.set_defaults(run=_check)
 
 
-def _add_config(command: argparse.ArgumentParser) -> None:
+def _add_config(command: argparse.ArgumentParser, optional: bool = False) -> None:
     add = command.add_argument
-    add("model", metavar="MODEL", help="a config file or directory, a model type, module:callable")
+    add("model", metavar="MODEL", nargs="?" if optional else None, help="a config file or directory, a model type, module:callable")  # fmt: skip
     add("-t", "--target-modules", metavar="NAMES", help="comma-separated names or suffixes, all-linear, or a regex with --regex")  # fmt: skip
     add("--regex", action="store_true", help="read --target-modules as one regular expression")
-    add("-r", "--rank", type=int, default=8, help="rank (default: 8)")
+    add("-r", "--rank", type=int, default=None, help="rank (default: 8)")
     add("-a", "--alpha", type=float, default=None, help="lora_alpha (default: 8, as peft)")
-    add("--dropout", type=float, default=0.0, help="lora_dropout (default: 0)")
+    add("--dropout", type=float, default=None, help="lora_dropout (default: 0)")
     add("--rslora", action="store_true", help="scale by alpha / sqrt(r)")
     add("--exclude-modules", metavar="NAMES", help="comma-separated names or suffixes")
     add("--layers", metavar="INDICES", help="layers_to_transform, such as 0,1,8-11")
-    add("--bias", default="none", choices=("none", "all", "lora_only"), help="which biases train")
+    add("--bias", default=None, choices=("none", "all", "lora_only"), help="which biases train")
     add("--target-parameters", metavar="NAMES", help="comma-separated parameter names")
     add("--modules-to-save", metavar="NAMES", help="comma-separated modules trained as a whole")
     add("--dora", action="store_true", help="use_dora")
@@ -170,27 +199,45 @@ def layers(text: str | None) -> list[int] | None:
     return out
 
 
+# What --config already says, by attribute and option.
+_SAID_BY_CONFIG = {
+    "target_modules": "-t", "regex": "--regex", "rank": "-r", "alpha": "-a", "dropout": "--dropout",
+    "rslora": "--rslora", "exclude_modules": "--exclude-modules", "layers": "--layers",
+    "bias": "--bias", "target_parameters": "--target-parameters",
+    "modules_to_save": "--modules-to-save", "dora": "--dora", "init": "--init",
+    "task_type": "--task-type",
+}  # fmt: skip
+
+
 def _config(a: argparse.Namespace) -> Any:
     from peft import LoraConfig
 
     from fxlora.errors import ConfigError
 
     if a.config is not None:
+        # Not `in (None, False)`: a dropout of 0.0 is equal to False, and was given.
+        values = {option: getattr(a, name) for name, option in _SAID_BY_CONFIG.items()}
+        given = [o for o, v in values.items() if v is not None and v is not False]
+        if given:
+            raise ConfigError(
+                f"--config {a.config} and {', '.join(given)}: the file says all of it. Leave "
+                f"{'it' if len(given) == 1 else 'them'} out, or change the file"
+            )
         return _config_file(a.config)
     targets: Any = a.target_modules
     if targets is not None and not a.regex and targets.lower() != "all-linear":
         targets = _names(targets)
     try:
         return LoraConfig(
-            r=a.rank,
+            r=8 if a.rank is None else a.rank,
             lora_alpha=8 if a.alpha is None else int(a.alpha) if a.alpha.is_integer() else a.alpha,
-            lora_dropout=a.dropout,
+            lora_dropout=0.0 if a.dropout is None else a.dropout,
             use_rslora=a.rslora,
             target_modules=targets,
             exclude_modules=_names(a.exclude_modules),
             layers_to_transform=layers(a.layers),
             target_parameters=_names(a.target_parameters),
-            bias=a.bias,
+            bias="none" if a.bias is None else a.bias,
             task_type=a.task_type,
             modules_to_save=_names(a.modules_to_save),
             use_dora=a.dora,
@@ -234,15 +281,37 @@ def _inputs(model: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return (), {}
 
 
+def _build(spec: str) -> Any:
+    """Builds the model, and says whose fault it is when the user's own code raises."""
+    from fxlora import models
+    from fxlora.errors import ModelSpecError
+
+    try:
+        return models.build(spec)
+    except FxloraError:
+        raise
+    except Exception as e:
+        where = _last_line(e)
+        raise ModelSpecError(f"{spec!r} raised {type(e).__name__}{where}: {e}") from e
+
+
+def _last_line(error: Exception) -> str:
+    """Returns the file and line that raised, without the machine's folders."""
+    import traceback
+    from pathlib import Path
+
+    frames = traceback.extract_tb(error.__traceback__)
+    return f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+
+
 # ---- commands ----------------------------------------------------------------------------------
 
 
 def _planned(a: argparse.Namespace) -> tuple[Any, Any]:
     import fxlora
-    from fxlora import models
 
     config = _config(a)
-    model = models.build(a.model)
+    model = _build(a.model)
     traced = fxlora.trace(model, *_inputs(model))
     return traced, fxlora.plan(traced, config)
 
@@ -302,10 +371,9 @@ def _draw(a: argparse.Namespace) -> int:
 
 def _compare(a: argparse.Namespace) -> int:
     import fxlora
-    from fxlora import models
 
     config = _config(a)
-    model = models.build(a.model)
+    model = _build(a.model)
     args, kwargs = _inputs(model)
     try:
         result = fxlora.compare(model, config, args, kwargs)
@@ -317,15 +385,95 @@ def _compare(a: argparse.Namespace) -> int:
     return EXIT_OK if result.equal else EXIT_DIFFERS
 
 
+def _lint(a: argparse.Namespace) -> int:
+    from fxlora.errors import ConfigError, ModelSpecError
+    from fxlora.lint.catalog import rule
+    from fxlora.lint.formats import written
+    from fxlora.lint.pages import listing, page
+    from fxlora.lint.run import lint
+
+    if a.list_rules:
+        print(listing())
+        return EXIT_OK
+    if a.explain_rule is not None:
+        print(page(rule(a.explain_rule)))
+        return EXIT_OK
+    if a.model is None:
+        raise ModelSpecError("fxlora lint needs a MODEL, --explain-rule RULE or --list-rules")
+    if a.json and a.format not in (None, "json"):
+        raise ConfigError(f"--json and --format {a.format}: say one of them")
+    settings, config = _lint_settings(a), _config(a)
+    import fxlora
+
+    model = _build(a.model)
+    report = lint(fxlora.trace(model, *_inputs(model)), config, settings)
+    form = "json" if a.json else a.format or "text"
+    text = written(report, form, _artifact(a))
+    if a.output is None:
+        print(text)
+    else:
+        _write_whole(a.output, f"{text}\n")
+        print(f"{a.output}: {str(report).splitlines()[-1]}", file=sys.stderr)
+    return EXIT_DIFFERS if report.fails(settings.threshold) else EXIT_OK
+
+
+def _artifact(a: argparse.Namespace) -> str:
+    """Returns the file a finding without a line of code is about, as it was given."""
+    import os
+
+    files = [p for p in (a.config, a.model) if p is not None and os.path.isfile(p)]
+    return os.path.relpath(files[0]).replace(os.sep, "/") if files else ""
+
+
+def _lint_settings(a: argparse.Namespace) -> Any:
+    from pathlib import Path
+
+    from fxlora.errors import ConfigError
+    from fxlora.lint.settings import Settings, discover, load, overridden
+
+    found = discover(Path.cwd()) if a.settings is None else load(a.settings)
+    severity = {}
+    for pair in a.severity or ():
+        name, equals, level = pair.partition("=")
+        if not equals:
+            raise ConfigError(f"--severity {pair!r}: write RULE=LEVEL, such as FXL201=warning")
+        severity[name] = level
+    select, ignore = _names(a.select), _names(a.ignore)
+    changes = {
+        "select": None if select is None else tuple(select),
+        "ignore": None if ignore is None else tuple(ignore),
+        "severity": severity or None,
+        "fail_on": a.fail_on,
+    }
+    names = ("gradient_checkpointing", "input_require_grads", "dtype", "trained_b", "serve")
+    options = {name: getattr(a, name) for name in (*names, "max_lora_rank")}
+    return overridden(found or Settings(), changes, options)
+
+
+def _write_whole(path: str, text: str) -> None:
+    """Writes a file whole or not at all."""
+    import os
+    from pathlib import Path
+
+    target = Path(path)
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, target)
+    except OSError as e:
+        raise FxloraError(f"{path}: cannot be written: {e.strerror}") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def _check(a: argparse.Namespace) -> int:
     import fxlora
-    from fxlora import models
     from fxlora.check import check_tensors
     from fxlora.checkpoint import find, read_config, read_shapes
 
     folder = find(a.adapter)
     config, shapes = read_config(folder), read_shapes(folder)
-    model = models.build(a.base)
+    model = _build(a.base)
     lora = fxlora.rewrite(fxlora.trace(model, *_inputs(model)), config)
     report = check_tensors(lora, "default", shapes, config)
     if a.json:

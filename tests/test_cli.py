@@ -130,7 +130,7 @@ def test_a_folder_without_a_config_is_said_so(tmp_path: Path, capsys: Any) -> No
 
 
 def test_help_teaches_in_every_command() -> None:
-    for argv in ([], ["plan"], ["draw"], ["compare"]):
+    for argv in ([], ["plan"], ["draw"], ["compare"], ["lint"]):
         done = subprocess.run(
             [sys.executable, "-m", "fxlora", *argv, "--help"],
             capture_output=True, text=True, check=True, env={**os.environ, "COLUMNS": "100"},
@@ -146,3 +146,70 @@ def test_plan_says_what_reaches_an_output(capsys: Any, monkeypatch: pytest.Monke
     assert main(["plan", "tiny:sequential", "-t", "0,2", "--effects", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["effects"]
     assert [(e["site"], e["verdict"]) for e in found] == [("0", "live"), ("2", "live")]
+
+
+BUILDERS = """
+def raises():
+    raise RuntimeError("the weights are not here")
+def nested():
+    from torch import nn
+    return nn.Linear("four", 4)
+"""
+
+
+@pytest.mark.parametrize("command", ["plan", "draw", "compare", "lint"])
+@pytest.mark.parametrize(
+    ("builder", "message"),
+    [
+        ("raises", "'own_builders:raises' raised RuntimeError (own_builders.py:3): the weights"),
+        ("nested", "'own_builders:nested' raised TypeError ("),
+    ],
+)
+def test_a_builder_that_raises_is_the_user_s_error(
+    command: str, builder: str, message: str, tmp_path: Path, capsys: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    (tmp_path / "own_builders.py").write_text(BUILDERS, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "own_builders", raising=False)
+    assert main([command, f"own_builders:{builder}", "-t", "0"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"fxlora: {message}")
+    assert "Traceback" not in err
+
+
+def test_a_module_that_fails_to_import_is_the_user_s_error(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_broken.py").write_text("1 / 0\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", "own_broken:model", "-t", "0"]) == 2
+    assert "raised ZeroDivisionError (own_broken.py:1)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["-t", "q_proj"], "-t: the file says all of it. Leave it out"),
+        (["-r", "8"], "-r: "),
+        (["--dropout", "0"], "--dropout: "),
+        (["--bias", "none"], "--bias: "),
+        (["--dora", "--rslora", "-a", "4"], "-a, --rslora, --dora: the file says all of it. Leave them"),
+    ],
+)  # fmt: skip
+def test_a_config_file_beside_an_option_it_says_is_refused(
+    flags: list[str], named: str, config: str, tmp_path: Path, capsys: Any
+) -> None:
+    from peft import LoraConfig
+
+    LoraConfig(r=4, target_modules=["q_proj"]).save_pretrained(tmp_path / "a")
+    file = str(tmp_path / "a" / "adapter_config.json")
+    assert main(["plan", config, "--config", file, *flags]) == 2
+    assert f"--config {file} and {named}" in capsys.readouterr().err
+
+
+def test_without_options_the_defaults_are_peft_s(config: str, capsys: Any) -> None:
+    assert main(["plan", config, "-t", "q_proj", "--json"]) == 0
+    (first, *_) = [s for s in json.loads(capsys.readouterr().out)["sites"] if s["r"]]
+    assert (first["r"], first["lora_alpha"], first["scaling"]) == (8, 8, 1.0)

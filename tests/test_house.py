@@ -31,19 +31,44 @@ LAYERS = [
     ["weights"],
     ["uses"],
     ["rewrite", "divergences", "effects"],
-    ["combine", "merge", "keys"],
+    ["combine", "merge", "keys", "memory"],
     ["adapters", "check", "blocks"],
     ["checkpoint"],
+    ["recognise.found", "recognise.reading"],
+    ["recognise.delta"],
+    ["recognise.match"],
+    ["recognise.strip"],
+    ["recognise.lift"],
+    ["recognise"],
     ["canonical", "peft_side", "models"],
     ["compare"],
+    ["flops", "roles", "fused", "suffixes"],
+    ["coverage", "patterns"],
+    ["choose", "coverage_report", "ladder"],
+    ["explain"],
+    ["explain_report"],
     ["report"],
+    ["lint.finding", "lint.flow"],
+    ["lint.context"],
+    [
+        "lint.rules_effects", "lint.rules_merging", "lint.rules_serving", "lint.rules_shapes",
+        "lint.rules_targets", "lint.rules_training",
+    ],
+    ["lint.catalog"],
+    ["lint.pages", "lint.settings"],
+    ["lint.suppressions"],
+    ["lint.run"],
+    ["lint.formats"],
+    ["lint"],
     [""],
     ["cli"],
     ["__main__"],
 ]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 # Said once, at the moment it is printed: a plan and a comparison know how to print themselves.
-LATE = {("plan", "report"), ("compare", "report"), ("effects", "report")}
+LATE = {("lint.finding", "lint.formats"), ("plan", "report"), ("compare", "report"), ("effects", "report"),
+    ("coverage", "coverage_report"), ("explain", "explain_report"),
+}
 
 
 def files() -> dict[str, Path]:

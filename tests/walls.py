@@ -197,7 +197,7 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = x[None]
         out, seen = self.mha(y, y, y, need_weights=self.weights or self.read == "weights")
-        return x + (out[0] if self.read == "output" else seen[0].sum(-1, keepdim=True))
+        return x + (out[0] if self.read == "output" else seen[0].square().sum(-1, keepdim=True))
 
 
 class Encoder(nn.Module):
