@@ -163,6 +163,60 @@ def memory(
     )
 
 
+def at_sizes(
+    traced: GraphModule,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    *,
+    batch: int | None = None,
+    length: int | None = None,
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Returns example inputs at other sizes; without values, on the meta device.
+
+    Args:
+        traced: what `fxlora.trace` returned for them, with sizes that may vary.
+        args: the inputs of the trace.
+        kwargs: the same by name.
+        batch: the size of every first dimension; as it is where None.
+        length: the size of every other dimension that may vary.
+
+    Raises:
+        ConfigError: for a size below one, and where the trace fixed that size.
+    """
+    asked = {"batch": batch, "length": length}
+    for name, size in asked.items():
+        if size is not None and size < 1:
+            raise ConfigError(f"{name}={size}: a size is at least 1")
+    sizes = info(traced).sizes
+    first = {s for s, where in sizes.items() if where.endswith(".size(0)")}
+    for name, size, there in (("batch", batch, first), ("length", length, {*sizes} - first)):
+        if size is not None and not there:
+            raise ConfigError(
+                f"{name}={size}: the graph's inputs have no such size that may vary "
+                f"({sizes or 'all are fixed'}); trace the model with inputs of that size"
+            )
+    values = {s: batch if s in first else length for s in sizes}
+    shapes = {
+        str(n.target): n.meta.get("shape") for n in traced.graph.nodes if n.op == "placeholder"
+    }
+    order = list(shapes)
+
+    def resized(name: str, value: Any) -> Any:
+        shape = shapes.get(name)
+        if not isinstance(value, torch.Tensor) or shape is None:
+            return value
+        new = []
+        for d, old in zip(shape, value.shape, strict=True):
+            size = values.get(d) if isinstance(d, str) else None
+            new.append(old if size is None else size)
+        return torch.empty(new, dtype=value.dtype, device="meta")
+
+    return (
+        tuple(resized(order[i], a) for i, a in enumerate(args)),
+        {k: resized(k, v) for k, v in kwargs.items()},
+    )
+
+
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 

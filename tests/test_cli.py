@@ -49,9 +49,70 @@ def test_plan_json_is_json_and_agrees(config: str, capsys: Any) -> None:
 def test_explain_says_which_rule_decided(config: str, capsys: Any) -> None:
     name = "model.layers.1.mlp.gate_proj"
     assert main(["plan", config, "-t", "q_proj", "--layers", "0", "--explain", name]) == 0
-    assert "no target_modules entry" in capsys.readouterr().out
+    assert "none of its 1 entries is the name or a dotted suffix" in capsys.readouterr().out
     assert main(["plan", config, "-t", "q_proj", "--explain", "model.layers.1.mlp.gate_prj"]) == 2
     assert "Did you mean 'model.layers.1.mlp.gate_proj'?" in capsys.readouterr().err
+
+
+FUSED = {**SMALL, "model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "pad_token_id": 0}
+
+
+@pytest.fixture
+def fused(tmp_path: Path) -> str:
+    (tmp_path / "config.json").write_text(json.dumps(FUSED), encoding="utf-8")
+    return str(tmp_path)
+
+
+def test_a_plan_says_what_names_of_parts_would_cost(fused: str, capsys: Any) -> None:
+    assert main(["plan", fused, "-r", "4", "-t", "q_proj,o_proj"]) == 0
+    out = capsys.readouterr().out
+    assert "'q_proj' is a part of 'model.layers.0.self_attn.qkv_proj' (rows 0:32)" in out
+    assert "note: with peft: target qkv_proj: +1,024 parameters" in out
+    assert "split: one adapter for each slice" in out
+
+
+def test_reach_adapts_a_part(fused: str, capsys: Any, tmp_path: Path) -> None:
+    assert main(["plan", fused, "-r", "4", "-t", "q_proj", "--reach", "slices", "--json"]) == 0
+    sites = json.loads(capsys.readouterr().out)["sites"]
+    adapted = [s["name"] for s in sites if s["verdict"] == "adapted"]
+    assert adapted == [f"model.layers.{i}.self_attn.qkv_proj.q" for i in (0, 1)]
+    picture = tmp_path / "lora.dot"
+    argv = ["draw", fused, "-t", "q_proj", "--reach", "slices", "-o", str(picture)]
+    assert main(argv) == 0
+    assert "A · q" in picture.read_text(encoding="utf-8")
+    assert main(["plan", fused, "-t", "q_proj", "--reach", "slice"]) == 2
+    assert "Did you mean 'slices'?" in capsys.readouterr().err
+
+
+def test_cover_prints_the_table_and_is_json(config: str, capsys: Any) -> None:
+    assert main(["plan", config, "-t", "q_proj", "--layers", "0", "--cover"]) == 0
+    assert "self_attn.q_proj" in capsys.readouterr().out.split("trainable params")[1]
+    assert main(["plan", config, "-t", "q_proj", "--cover", "--json"]) == 0
+    assert 0 < json.loads(capsys.readouterr().out)["coverage"]["share_of_parameters"] < 1
+
+
+def test_choose_names_the_smallest_targets(config: str, capsys: Any) -> None:
+    assert main(["plan", config, "--choose", "attention"]) == 0
+    assert "['k_proj', 'o_proj', 'q_proj', 'v_proj']" in capsys.readouterr().out
+    assert main(["plan", config, "--choose", "atention"]) == 2
+    assert "Did you mean 'attention'?" in capsys.readouterr().err
+
+
+def test_memory_of_one_and_of_a_sweep(config: str, capsys: Any) -> None:
+    argv = ["memory", config, "-t", "q_proj", "--batch", "3", "--length", "20", "--json"]
+    assert main(argv) == 0
+    (one,) = json.loads(capsys.readouterr().out)
+    assert one["inputs"][0] == "input_ids [3, 20]"
+    assert one["optimizer"] == 8 * one["trains"] > 0
+    assert main([*argv[:-2], "40", "--json"]) == 0
+    (longer,) = json.loads(capsys.readouterr().out)
+    assert longer["saved"] > 1.9 * one["saved"]
+    assert main(["memory", config, "--sweep"]) == 0
+    out = capsys.readouterr().out
+    for label in ("attention r=8", "all-linear, layers 1-1 r=8", "everything (no LoRA)"):
+        assert label in out
+    assert main(["memory", config, "-t", "q_proj", "--dtype", "bf16"]) == 2
+    assert main(["memory", config, "-t", "q_proj", "--batch", "0"]) == 2
 
 
 def test_layers_and_exclusions_reach_the_plan(config: str, capsys: Any) -> None:

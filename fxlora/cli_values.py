@@ -1,0 +1,177 @@
+"""Arguments of the command line -> a model, its inputs, a LoraConfig, a plan."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from fxlora.errors import FxloraError
+
+
+def names(text: str | None) -> list[str] | None:
+    """Returns the names in a comma-separated text."""
+    return None if text is None else [n.strip() for n in text.split(",") if n.strip()]
+
+
+def layers(text: str | None) -> list[int] | None:
+    """Returns layer indices from text.
+
+    >>> layers("0,2-4")
+    [0, 2, 3, 4]
+    """
+    from fxlora.errors import ConfigError
+
+    if text is None:
+        return None
+    out: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        try:
+            out += range(int(first), int(last if dash else first) + 1)
+        except ValueError:
+            raise ConfigError(
+                f"--layers {text!r}: {part!r} is no index and no range; write 0,1,8-11"
+            ) from None
+    return out
+
+
+# What --config already says, by attribute and option.
+_SAID_BY_CONFIG = {
+    "target_modules": "-t", "regex": "--regex", "rank": "-r", "alpha": "-a", "dropout": "--dropout",
+    "rslora": "--rslora", "exclude_modules": "--exclude-modules", "layers": "--layers",
+    "bias": "--bias", "target_parameters": "--target-parameters",
+    "modules_to_save": "--modules-to-save", "dora": "--dora", "init": "--init",
+    "task_type": "--task-type",
+}  # fmt: skip
+
+
+def config_of(a: argparse.Namespace) -> Any:
+    """Returns the `peft.LoraConfig` the arguments say.
+
+    Raises:
+        ConfigError: for a value or a file peft does not take.
+    """
+    from peft import LoraConfig
+
+    from fxlora.errors import ConfigError
+
+    if a.config is not None:
+        # Not `in (None, False)`: a dropout of 0.0 is equal to False, and was given.
+        values = {option: getattr(a, name) for name, option in _SAID_BY_CONFIG.items()}
+        given = [o for o, v in values.items() if v is not None and v is not False]
+        if given:
+            raise ConfigError(
+                f"--config {a.config} and {', '.join(given)}: the file says all of it. Leave "
+                f"{'it' if len(given) == 1 else 'them'} out, or change the file"
+            )
+        return _config_file(a.config)
+    targets: Any = a.target_modules
+    if targets is not None and not a.regex and targets.lower() != "all-linear":
+        targets = names(targets)
+    try:
+        return LoraConfig(
+            r=8 if a.rank is None else a.rank,
+            lora_alpha=8 if a.alpha is None else int(a.alpha) if a.alpha.is_integer() else a.alpha,
+            lora_dropout=0.0 if a.dropout is None else a.dropout,
+            use_rslora=a.rslora,
+            target_modules=targets,
+            exclude_modules=names(a.exclude_modules),
+            layers_to_transform=layers(a.layers),
+            target_parameters=names(a.target_parameters),
+            bias="none" if a.bias is None else a.bias,
+            task_type=a.task_type,
+            modules_to_save=names(a.modules_to_save),
+            use_dora=a.dora,
+            init_lora_weights=True if a.init is None else a.init,
+        )
+    except (ValueError, TypeError) as e:
+        raise ConfigError(str(e)) from None
+
+
+def _config_file(path: str) -> Any:
+    import dataclasses
+    from pathlib import Path
+
+    from peft import LoraConfig
+
+    from fxlora.errors import ConfigError
+
+    try:
+        settings = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
+        raise ConfigError(f"--config {path}: not a readable JSON file: {e}") from None
+    known = {f.name for f in dataclasses.fields(LoraConfig)}
+    unknown = sorted(set(settings) - known)
+    if unknown:
+        raise ConfigError(f"--config {path}: peft's LoraConfig has no field {unknown[0]!r}")
+    settings["inference_mode"] = False  # a saved config says True; the question is training
+    settings.pop("auto_mapping", None)
+    try:
+        return LoraConfig(**settings)
+    except (ValueError, TypeError) as e:
+        raise ConfigError(f"--config {path}: {e}") from None
+
+
+def inputs_of(model: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Returns example inputs for a model; none where they cannot be made."""
+    from fxlora.errors import TraceError
+    from fxlora.example_inputs import for_model
+
+    try:
+        return for_model(model, (), None)
+    except TraceError:
+        return (), {}
+
+
+def build(spec: str) -> Any:
+    """Builds the model, and says whose fault it is when the user's own code raises."""
+    from fxlora import models
+    from fxlora.errors import ModelSpecError
+
+    try:
+        return models.build(spec)
+    except FxloraError:
+        raise
+    except Exception as e:
+        where = _last_line(e)
+        raise ModelSpecError(f"{spec!r} raised {type(e).__name__}{where}: {e}") from e
+
+
+def cast(model: Any, dtype: str | None) -> Any:
+    """Returns the model with its floating-point weights in another dtype; itself for None.
+
+    Raises:
+        ConfigError: for a dtype models are not trained in.
+    """
+    import torch
+
+    from fxlora.errors import ConfigError, did_you_mean
+
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype is None:
+        return model
+    if dtype not in known:
+        raise ConfigError(
+            f"--dtype {dtype!r} is none of {list(known)}.{did_you_mean(dtype, known)}"
+        )
+    return model.to(known[dtype])  # built for this command, and nobody else's
+
+
+def _last_line(error: Exception) -> str:
+    """Returns the file and line that raised, without the machine's folders."""
+    import traceback
+    from pathlib import Path
+
+    frames = traceback.extract_tb(error.__traceback__)
+    return f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+
+
+def planned(a: argparse.Namespace) -> tuple[Any, Any]:
+    """Returns the traced model and the plan the arguments ask for."""
+    import fxlora
+
+    config = config_of(a)
+    model = build(a.model)
+    traced = fxlora.trace(model, *inputs_of(model))
+    return traced, fxlora.plan(traced, config, reach=names(a.reach) or ())
