@@ -435,7 +435,7 @@ class Sizes(nn.Module):
             return x + torch.arange(n, dtype=x.dtype)[:, None]
         if self.how == "cat":
             return torch.cat([x, x.new_ones(n, 1)], dim=1)[:, 1:]
-        return F.pad(x, (0, 0, 1, 0))[:n]
+        return F.pad(x, (0, 0, 1, 0))[1 : n + 1]  # every row stays: a lost one has no gradient
 
 
 # ---- specs ---------------------------------------------------------------------------------------

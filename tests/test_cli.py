@@ -51,7 +51,7 @@ def test_explain_says_which_rule_decided(config: str, capsys: Any) -> None:
     assert main(["plan", config, "-t", "q_proj", "--layers", "0", "--explain", name]) == 0
     assert "none of its 1 entries is the name or a dotted suffix" in capsys.readouterr().out
     assert main(["plan", config, "-t", "q_proj", "--explain", "model.layers.1.mlp.gate_prj"]) == 2
-    assert "Did you mean 'model.layers.1.mlp.gate_proj'?" in capsys.readouterr().err
+    assert "The nearest: 'model.layers.1.mlp.gate_proj'" in capsys.readouterr().err
 
 
 FUSED = {**SMALL, "model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "pad_token_id": 0}

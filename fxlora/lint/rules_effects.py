@@ -9,9 +9,11 @@ from fxlora.lint.context import Context
 from fxlora.lint.finding import Hit, Rule, Severity
 
 _FIX = {
-    "bypassed": "leave it out with exclude_modules, or adapt the module that reads the weight (of "
-    "nn.MultiheadAttention the attention itself, not its out_proj)",
-    "partial": "call the module everywhere, or accept that the other reads keep the base weight",
+    "bypassed": "leave it out with exclude_modules, adapt the module that reads the weight (of "
+    "nn.MultiheadAttention the attention itself, not its out_proj), or adapt every use with "
+    "reach='uses', which peft cannot",
+    "partial": "call the module everywhere, accept that the other reads keep the base weight, or "
+    "adapt them too with reach='uses', which peft cannot",
     "inert": "leave it out, or trace and train with inputs that reach it",
     "cut": "take away what stops the gradient, or leave the layer out",
     "dead": "leave it out: nothing uses what it computes",
