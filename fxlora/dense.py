@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 from fxlora.build import Held
 from fxlora.errors import AdapterError
@@ -69,7 +70,11 @@ def _convolution(a: torch.Tensor, b: torch.Tensor, planned: PlannedSite) -> torc
             f"{planned.name!r} is a grouped convolution: its adapter mixes all input channels, which "
             "a grouped weight cannot hold, so it cannot be merged. Keep it beside the layer"
         )
-    return torch.einsum("or,ri...->oi...", b.flatten(1), a)
+    if all(k == 1 for k in a.shape[2:]):
+        return (b.flatten(1) @ a.flatten(1)).reshape(-1, *a.shape[1:])
+    # As peft multiplies them: another order of the same sum has other bits on some machines.
+    convolve = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[a.dim()]
+    return convolve(a.transpose(0, 1), b).transpose(0, 1)
 
 
 def merged_weight(

@@ -129,6 +129,11 @@ class _Walk:
         self._lora = lora
         self._flags = requires_grad(lora)
         self._on = enabled(lora)
+        self._own: dict[tuple[str, str], list[Node]] = {}
+        for n in lora.graph.nodes:
+            if n.meta.get("role") in ("lora_A", "lora_B"):
+                key = (str(n.meta.get("site")), str(n.meta.get("adapter")))
+                self._own.setdefault(key, []).append(n)
         self._output = next(n for n in reversed(lora.graph.nodes) if n.op == "output")
         self._autograd = gradient_sources(lora)
         self._steep = gradient_sources(lora, zeros=False)
@@ -160,13 +165,7 @@ class _Walk:
         return Effect(planned.name, adapter, verdict, adapted, past, witness, reason)
 
     def _own_nodes(self, planned: PlannedSite, adapter: str) -> list[Node]:
-        return [
-            n
-            for n in self._lora.graph.nodes
-            if n.meta.get("site") == planned.name
-            and n.meta.get("adapter") == adapter
-            and n.meta.get("role") in ("lora_A", "lora_B")
-        ]
+        return self._own.get((planned.name, adapter), [])
 
     def _verdict(
         self, planned: PlannedSite, own: list[Node], past: tuple[str, ...], adapted: int

@@ -35,6 +35,7 @@ LAYERS = [
     ["adapters", "check", "blocks"],
     ["checkpoint"],
     ["recognise.found", "recognise.reading"],
+    ["recognise.maps", "recognise.rows"],
     ["recognise.delta"],
     ["recognise.match"],
     ["recognise.strip"],
@@ -51,8 +52,12 @@ LAYERS = [
     ["lint.finding", "lint.flow"],
     ["lint.context"],
     [
-        "lint.rules_effects", "lint.rules_merging", "lint.rules_serving", "lint.rules_shapes",
-        "lint.rules_targets", "lint.rules_training",
+        "lint.rules_effects",
+        "lint.rules_merging",
+        "lint.rules_serving",
+        "lint.rules_shapes",
+        "lint.rules_targets",
+        "lint.rules_training",
     ],
     ["lint.catalog"],
     ["lint.pages", "lint.settings"],
@@ -68,8 +73,13 @@ LAYERS = [
 ]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 # Said once, at the moment it is printed: a plan and a comparison know how to print themselves.
-LATE = {("lint.finding", "lint.formats"), ("plan", "report"), ("compare", "report"), ("effects", "report"),
-    ("coverage", "coverage_report"), ("explain", "explain_report"),
+LATE = {
+    ("lint.finding", "lint.formats"),
+    ("plan", "report"),
+    ("compare", "report"),
+    ("effects", "report"),
+    ("coverage", "coverage_report"),
+    ("explain", "explain_report"),
 }
 
 
