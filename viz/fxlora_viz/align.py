@@ -9,7 +9,7 @@ _LARGE = 400  # beyond this a sheet is not read row by row, and the checks below
 
 def rows(graph: nx.MultiDiGraph) -> list[list[str]]:
     """Returns groups of nodes to put on one rank, none of which contradicts an edge."""
-    wanted = _beside_w(graph)
+    wanted = [*graph.graph.get("beside", ()), *_beside_w(graph)]
     if graph.number_of_nodes() <= _LARGE:
         wanted += _siblings(graph) + _across(graph)
     merged = _Merged(graph)

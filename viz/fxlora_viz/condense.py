@@ -15,14 +15,17 @@ from fxlora_viz.picture import Arrow, Item, Panel
 from fxlora_viz.reading import Frames, Reading, leaves
 
 
-def condense(graph_module: GraphModule, depth: int | None = None) -> Panel:
+def condense(
+    graph_module: GraphModule, depth: int | None = None, cuts: frozenset[str] = frozenset()
+) -> Panel:
     """Returns the panel of one graph: items and arrows, not yet folded.
 
     Args:
         graph_module: a traced or rewritten graph; read, never changed.
         depth: how many levels of modules to open; None opens all.
+        cuts: names of nodes to mark on the arrows that lead through them: a gradient ends there.
     """
-    return _Condenser(Reading(graph_module), depth).panel()
+    return _Condenser(Reading(graph_module), depth, cuts).panel()
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,9 @@ class _Origin:
 class _Condenser:
     """Follows values from group to group through everything that only passes them on."""
 
-    def __init__(self, reading: Reading, depth: int | None) -> None:
+    def __init__(self, reading: Reading, depth: int | None, cuts: frozenset[str]) -> None:
         self._reading = reading
+        self._cuts = cuts
         self._groups = Groups(reading, depth)
         self._live = self._live_nodes()
         self._origins: dict[Node, tuple[_Origin, ...]] = {}
@@ -131,6 +135,8 @@ class _Condenser:
             factor = node.args[1]
             # A scaled embedding's own factor is a tensor, and no part of the adapter's scaling.
             label = "" if isinstance(factor, Node) else f"×{number(factor)}"
+        if node.name in self._cuts:
+            label = f"✕ {ops.title(node)}: no gradient"
         for source in inputs:
             for origin in self._origins.get(source, ()):
                 found[origin.key] = replace(origin, label=label or origin.label, grad=grad)

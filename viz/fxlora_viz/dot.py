@@ -22,11 +22,12 @@ def dot_text(graph: nx.MultiDiGraph, direction: str = "TB", bare: bool = False) 
         bare: True for the text an engine lays out: labels only reserve their room, by the
             metrics table rather than by the engine's own idea of a font.
     """
-    writer = _Writer(graph, bare, mirrored=bare and direction == "LR")
-    return "\n".join([*_head(direction), *writer.body(), "}", ""])
+    writer = Writer(graph, bare, mirrored=bare and direction == "LR")
+    return "\n".join([*head(direction), *writer.body(), "}", ""])
 
 
-def _head(direction: str) -> list[str]:
+def head(direction: str) -> list[str]:
+    """Returns the lines before the first box: what holds for every graph, node and edge."""
     return [
         "digraph fxlora {",
         f"graph [rankdir={direction} newrank=true compound=true splines=spline nodesep=0.24 "
@@ -38,7 +39,7 @@ def _head(direction: str) -> list[str]:
     ]
 
 
-class _Writer:
+class Writer:
     """Writes boxes with their nodes inside, then edges, then rows."""
 
     def __init__(self, graph: nx.MultiDiGraph, bare: bool, mirrored: bool) -> None:
@@ -69,14 +70,22 @@ class _Writer:
             if self._boxes[box]["kind"] == "panel":
                 lines += self._orders(self._boxes[box]["panel"])
             lines.append(f'subgraph "cluster_{box}" {{')
-            lines.append(_attributes(self._box(box), ";"))
-            lines += [f'"{n}" [{_attributes(self._node(n))}];' for n in self._nodes[box]]
+            lines.append(self.box(box))
+            lines += [f'"{n}" [{self.node(n)}];' for n in self._nodes[box]]
             todo.append((box, False))
             todo += [(b, True) for b in reversed(self._children[box])]
         lines += self._edges()
         for row in self._rows:
             lines.append("{rank=same; " + "; ".join(f'"{n}"' for n in row) + "}")
         return lines
+
+    def box(self, box: str) -> str:
+        """Returns the attributes of a box, as statements of its subgraph."""
+        return _attributes(self._box(box), ";")
+
+    def node(self, node: str) -> str:
+        """Returns the attributes of a node."""
+        return _attributes(self._node(node))
 
     def _orders(self, panel: str) -> list[str]:
         """Returns invisible edges from left to right.
@@ -122,6 +131,8 @@ class _Writer:
             return {"label": "", **size}
         fill, line, width = theme.NODES[data["style"]]
         style = "filled,rounded" if data["shape_name"] == "box" else "filled"
+        if data["style"] in ("idle", "unused"):
+            style += ",dotted"
         if data["matched"]:
             style, line, width = style + ",dashed", theme.HOT, 1.8
         return {
@@ -139,10 +150,13 @@ class _Writer:
     def _edges(self) -> list[str]:
         lines = []
         for i, (u, v, data) in enumerate(self._graph.edges(data=True)):
+            if self._bare and data["far"]:
+                continue  # the port it ends at names its source
             color, width = theme.EDGES[data["style"]]
             shown = {
                 "id": f"e{i}",
                 "weight": data["weight"],
+                **({"constraint": "false"} if data["far"] else {}),
                 **({"minlen": data["minlen"]} if data["minlen"] > 1 else {}),
                 **({"label": _quote_text(f" {data['label']}")} if data["label"] else {}),
             }
@@ -152,6 +166,7 @@ class _Writer:
                     "color": color,
                     "penwidth": width,
                     **({"style": "dashed"} if data["dashed"] else {}),
+                    **({"style": "dotted"} if data["style"] == "idle" else {}),
                     **({"fontcolor": theme.HOT} if data["label"] else {}),
                 }
             lines.append(f'"{u}" -> "{v}" [{_attributes(shown)}];')

@@ -13,13 +13,16 @@ import graphviz
 import networkx as nx
 from torch.fx import GraphModule
 
-from fxlora_viz import files
+from fxlora_viz import files, formats
 from fxlora_viz.condense import condense
 from fxlora_viz.dot import dot_text
-from fxlora_viz.engines import run_engine
+from fxlora_viz.engines import EngineError, run_engine
+from fxlora_viz.explorer import page
+from fxlora_viz.explorer_data import Sheet
 from fxlora_viz.focus import focus_on
 from fxlora_viz.fold import fold
 from fxlora_viz.layout import Layout, read_layout
+from fxlora_viz.marks import Marks
 from fxlora_viz.svg import svg_text
 from fxlora_viz.view import view
 
@@ -76,10 +79,13 @@ class Drawing:
         options: how it is drawn.
     """
 
-    def __init__(self, graph: nx.MultiDiGraph, options: Options) -> None:
-        """Keeps a view and how to draw it."""
+    def __init__(
+        self, graph: nx.MultiDiGraph, options: Options, sheet: Sheet | None = None
+    ) -> None:
+        """Keeps a view, how to draw it, and what it was made of (for the explorer)."""
         self.graph = graph
         self.options = options
+        self._sheet = sheet
 
     @property
     def dot(self) -> str:
@@ -107,14 +113,15 @@ class Drawing:
         """Writes the drawing to a file, whole or not at all.
 
         Args:
-            path: ends in .svg, .dot, .png, .pdf or .html.
+            path: ends in .svg, .dot, .png, .pdf, .html, .graphml (networkx), .mmd (Mermaid) or
+                .json (Model Explorer).
 
         Returns:
             The path.
 
         Raises:
             ValueError: for another suffix.
-            EngineError: when no layout engine is installed; .dot needs none.
+            EngineError: when no layout engine is installed; .dot and .html need none.
         """
         suffix = files.suffix_of(path)
         return files.write_whole(path, self._content(suffix))
@@ -124,11 +131,33 @@ class Drawing:
             return self.dot.encode("utf-8")
         if suffix == ".svg":
             return self.svg.encode("utf-8")
+        if suffix == ".graphml":
+            return formats.graphml(self.graph)
+        if suffix == ".mmd":
+            return formats.mermaid(self.graph, self.options.direction).encode("utf-8")
+        if suffix == ".json":
+            return formats.model_explorer_text(self.graph, self._title()).encode("utf-8")
         if suffix == ".html":
-            return files.html_page(self.svg, escape(self._title())).encode("utf-8")
+            return self._html().encode("utf-8")
         # A picture on paper has no reader's scheme to follow.
         mode = "dark" if self.options.theme == "dark" else "light"
         return files.convert(svg_text(self.graph, self.layout, mode), suffix)
+
+    def _html(self) -> str:
+        if self._sheet is None:
+            return files.html_page(self.svg, escape(self._title()))
+        try:
+            still = self.svg
+        except EngineError:
+            still = ""  # the page brings an engine of its own
+        return page(
+            self.graph,
+            self._sheet,
+            self._title(),
+            still,
+            self.options.direction,
+            self.options.theme,
+        )
 
     def _title(self) -> str:
         panels = [d for d in self.graph.graph["boxes"].values() if d["kind"] == "panel"]
@@ -179,14 +208,15 @@ def draw(
                 f"draw takes the graphs of fxlora.trace and fxlora.rewrite, not a "
                 f"{type(graph).__name__}: trace it first with fxlora.trace(model, args, kwargs)"
             )
-    panels = [condense(g, chosen.depth) for g in graphs]
+    marks = [Marks(g) for g in graphs]
+    panels = [m.on(condense(g, chosen.depth, m.cuts)) for g, m in zip(graphs, marks, strict=True)]
     if chosen.focus:
         panels = [focus_on(p, chosen.focus) for p in panels]
-    panels = fold(panels, chosen.fold)
+    whole, panels = panels, fold(panels, chosen.fold)
     count = sum(len(p.items) for p in panels)
     if count > chosen.max_nodes:
         raise TooLargeError(_too_large(count, chosen))
-    return Drawing(view(panels), chosen)
+    return Drawing(view(panels), chosen, Sheet(tuple(graphs), tuple(whole), tuple(panels)))
 
 
 def _options(options: Options | None, changes: dict[str, Any]) -> Options:

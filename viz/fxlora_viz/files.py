@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fxlora_viz.engines import EngineError
 
-FORMATS = (".svg", ".dot", ".png", ".pdf", ".html")
+FORMATS = (".svg", ".dot", ".png", ".pdf", ".html", ".graphml", ".mmd", ".json")
 
 
 def suffix_of(path: str | os.PathLike[str]) -> str:

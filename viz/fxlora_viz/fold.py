@@ -12,10 +12,13 @@ import inspect
 from dataclasses import dataclass, replace
 from typing import Any
 
+from fxlora_viz.again import again
 from fxlora_viz.names import clean, tensor
 from fxlora_viz.picture import Arrow, Box, Item, Panel
+from fxlora_viz.ports import with_ports
 
 Frame = tuple[str, int]
+_WORTH = 6  # blocks of fewer nodes are simply drawn again
 _LEAVES = 3  # so many equal single nodes in a row are folded; two are simply drawn
 
 
@@ -100,6 +103,7 @@ def _look(item: Item, block: str) -> tuple[Any, ...]:
     return (
         item.kind, inner(item.path), title, item.type, item.lines, dims, str(item.dtype),
         item.role, inner(item.site), item.adapter, inner(item.whole), weights,
+        item.verdict, item.said,
     )  # fmt: skip
 
 
@@ -143,7 +147,7 @@ class _Folder:
         )
         for box, frame in self._entries:
             _add_entry(panel, box, frame)
-        return panel
+        return again(with_ports(panel))
 
     def _merged(self) -> dict[str, Item]:
         """Returns the drawn items, each with the flags of all it stands for."""
@@ -168,6 +172,7 @@ class _Folder:
         """Boxes and folds the items of one level; returns whether a fold is at it or below."""
         segments = self._fold_runs(self._segments(keys, depth))
         found = [s.count > 1 or self._has_fold(s.keys, depth + 1) for s in segments]
+        earlier: dict[Any, str] = {}
         for segment, inner in zip(segments, found, strict=True):
             frame = segment.frame
             if frame is None or (segment.count == 1 and self._is_plain(segment, frame)):
@@ -179,11 +184,23 @@ class _Folder:
             ) and not _is_numbered(frame[0])  # fmt: skip
             numbered = self._has_equal_class(segments, frame)
             at = parent if through else self._box(segment, frame, parent, numbered)
+            if not through and self._enabled and len(segment.keys) >= _WORTH:
+                self._note_equal(segment, frame, at, earlier)
             if self._is_leaf(segment, frame):
                 self._home.update(dict.fromkeys(segment.keys, at))
             else:
                 self._level(segment.keys, depth + 1, at)
         return any(found)
+
+    def _note_equal(
+        self, segment: _Segment, frame: Frame, box: str, earlier: dict[Any, str]
+    ) -> None:
+        """Notes on the box of a block which earlier one shows the same."""
+        if _is_numbered(frame[0]) and not segment.calls:
+            family = (frame[0].rpartition(".")[0], self._keys.of(frame))
+            first = earlier.setdefault(family, box)
+            if first != box:
+                self._boxes[box] = replace(self._boxes[box], same_as=first)
 
     def _has_fold(self, keys: list[str], depth: int) -> bool:
         todo = [(keys, depth)]
@@ -304,12 +321,14 @@ class _Folder:
         for key, item in self._panel.items.items():
             if not item.site or key in self._stands_for:
                 continue
-            base = key.partition(":")[0]
+            base = item.unit or key.partition(":")[0]
             box = f"site:{base}"
             if box not in self._boxes:
                 label = _site_label(item)
                 parent = self._home.get(key, "")
-                self._boxes[box] = Box(box, "site", clean(label, 60), parent=parent)
+                self._boxes[box] = Box(
+                    box, "site", clean(label, 60), item.said, parent=parent, verdict=item.verdict
+                )
             self._home[key] = box
 
     # ---- arrows ------------------------------------------------------------------------------

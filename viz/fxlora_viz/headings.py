@@ -33,7 +33,17 @@ def heading(facts: dict[str, Any], index: int, count: int) -> tuple[str, Parts]:
             return title, ((f"{start}{quantity(total)} params, all trainable", False),)
         return title, ((f"{start}{quantity(total)} params · ", False), trains)
     start = f"{quantity(total)} params · " if count == 1 else ""
-    return title, ((f"{start}{_settings(facts)} · ", False), trains)
+    return title, ((f"{start}{_settings(facts)} · ", False), trains, *_idle(facts))
+
+
+def _idle(facts: dict[str, Any]) -> Parts:
+    """Says how many adapters learn nothing; nothing where all of them learn."""
+    idle, hung = int(facts.get("idle", 0)), int(facts.get("adapters_hung", 0))
+    if not idle:
+        return ()
+    noun = "adapter" if hung == 1 else "adapters"
+    verb = "learns" if idle == 1 else "learn"
+    return ((" · ", False), (f"{idle} of {hung} {noun} {verb} nothing", True))
 
 
 def _settings(facts: dict[str, Any]) -> str:

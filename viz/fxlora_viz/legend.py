@@ -48,7 +48,10 @@ def _entries(graph: nx.MultiDiGraph) -> list[tuple[str, float, str]]:
         (any(d["role"] == "lora_A" for d in nodes), _hourglass(), 34, "lora_A, lora_B: trainable"),
         (any(d["role"] == "magnitude" for d in nodes), _m(), 30,
          "DoRA: the sum is rescaled by g = m / |W + sBA|"),
+        (any(d["style"] == "idle" for d in nodes), _hourglass("idle"), 34,
+         "adapter that learns nothing: bypassed, never called, cut or dead"),
         (any(d["matched"] for d in nodes), _box("trainable fx_matched"), 30, "matched call site"),
+        (any(d["style"] == "again" for d in nodes), _box("again"), 30, "equal to blocks drawn above"),
         (any(d["style"] == "op" for d in nodes), _box("op"), 30, "operation, no parameters"),
         (any(d["style"] == "added" for d in edges), _line("added"), 30, "added by the rewrite"),
         (any(d["style"] == "quiet" for d in edges), _line("quiet"), 30, "no gradient reaches it"),
@@ -66,8 +69,8 @@ def _m() -> str:
     return _box("trainable").replace("</g>", f"{text}</g>")
 
 
-def _hourglass() -> str:
-    return '<g class="fx_trainable"><polygon class="s" points="1,-8 33,-8 27,8 7,8"/></g>'
+def _hourglass(style: str = "trainable") -> str:
+    return f'<g class="fx_{style}"><polygon class="s" points="1,-8 33,-8 27,8 7,8"/></g>'
 
 
 def _line(style: str) -> str:

@@ -22,7 +22,8 @@ class Item:
 
     Attributes:
         key: names the item, the same before and after a rewrite.
-        kind: "module", "op", "circle", "parameter", "input", "output" or "entry".
+        kind: "module", "op", "circle", "parameter", "input", "output", "entry" or "again" (blocks
+            that are drawn already).
         title: the first, bold line.
         lines: the lines below it.
         frames: the module calls around the item, outermost first; its own call is the last one
@@ -43,6 +44,11 @@ class Item:
             read different ones.
         note: what else a reader should know.
         whole: path of the module trained as a whole that the item is, or is part of.
+        verdict: what `fxlora.effects` says of the adapter at the item's site; "" without one.
+        said: the verdict in a few words, where there is more to say than "live".
+        reason: the verdict's reason.
+        unit: the call of the site, where the key does not begin with it.
+        beside: key of an item to share a row with.
     """
 
     key: str
@@ -65,6 +71,11 @@ class Item:
     tag_keys: tuple[tuple[str, tuple[tuple[str, int], ...]], ...] = ()
     note: str = ""
     whole: str = ""
+    verdict: str = ""
+    said: str = ""
+    reason: str = ""
+    unit: str = ""
+    beside: str = ""
 
     @property
     def params(self) -> int:
@@ -82,12 +93,16 @@ class Item:
 
 @dataclass(frozen=True)
 class Arrow:
-    """A value that one item makes and another reads."""
+    """A value that one item makes and another reads.
+
+    A far one ends at a port that names its source, and is not drawn as a line.
+    """
 
     source: str
     target: str
     label: str = ""
     grad: bool | None = None
+    far: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,6 +117,8 @@ class Box:
         note: the second line, smaller.
         count: how many equal blocks a fold stands for.
         parent: key of the box around; "" for the panel.
+        verdict: of the adapter in a site; "" for the rest.
+        same_as: key of an earlier block that shows the same; "" for none.
     """
 
     key: str
@@ -110,6 +127,8 @@ class Box:
     note: str = ""
     count: int = 1
     parent: str = ""
+    verdict: str = ""
+    same_as: str = ""
 
 
 @dataclass

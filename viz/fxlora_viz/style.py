@@ -23,6 +23,7 @@ def style_sheet(mode: str = "auto") -> str:
 def _rules() -> str:
     rules = [
         _rule("text", fill=theme.INK),
+        _rule(".fx_ground", fill=theme.BOXES["panel"][0]),
         _rule(".t", font_weight="bold"),
         _rule(".m", text_anchor="middle"),
         _rule(".d", fill=theme.DIM),
@@ -42,7 +43,12 @@ def _rules() -> str:
         rules.append(_rule(f".fx_{name} path", stroke=color, stroke_width=f"{wide:g}"))
         rules.append(_rule(f".fx_{name} polygon", fill=color))
     rules += [
-        _rule(".fx_trainable .d", fill=theme.HOT),
+        _rule(".fx_trainable .d", fill=theme.HOT_TEXT),
+        _rule(".fx_idle .s", stroke_dasharray="1.5 2.5"),
+        _rule(".fx_unused .s", stroke_dasharray="1.5 2.5"),
+        _rule(".fx_edge.fx_idle path", stroke_dasharray="1.5 2.5"),
+        _rule(".fx_idle .d", fill=theme.HOT),
+        _rule(".fx_label_site .d", fill=theme.HOT),
         _rule(".fx_fold .c", stroke=theme.CARD, stroke_width="1"),
         _rule(".fx_site .s", stroke_dasharray="4 3"),
         _rule(".fx_matched .s", stroke=theme.HOT, stroke_width="1.8", stroke_dasharray="5 3"),

@@ -34,6 +34,8 @@ def svg_text(graph: nx.MultiDiGraph, layout: Layout, mode: str = "auto") -> str:
         f'<title id="fx_title">{escape(title)}</title>',
         f'<desc id="fx_desc">{escape(description)}</desc>',
         f"<style>{style_sheet(mode)}</style>",
+        # A ground of its own: dark text or light, the page below may be of the other kind.
+        f'<rect class="fx_ground" width="{_n(width)}" height="{_n(height)}"/>',
         f'<g transform="translate({_n(_PAD)} {_n(_PAD)})">',
         *(
             _box(box, data, layout.boxes[box])
@@ -126,6 +128,7 @@ def _node(name: str, data: dict[str, Any], at: Point) -> str:
         "data-site": data["site"][:300],
         "data-role": data["role"],
         "data-state": data["state"],
+        "data-verdict": data["verdict"],
         "data-params": str(data["params"]) if data["params"] else "",
         "data-grad": "" if data["requires_grad"] is None else str(data["requires_grad"]).lower(),
     }

@@ -8,6 +8,7 @@ import networkx as nx
 
 from fxlora_viz import metrics, theme
 from fxlora_viz.headings import heading
+from fxlora_viz.marks import IDLE
 from fxlora_viz.names import clean, identifier, quantity, tensor
 from fxlora_viz.picture import Arrow, Box, Item, Panel
 
@@ -26,12 +27,13 @@ def view(panels: list[Panel]) -> nx.MultiDiGraph:
     """Returns the graph of a sheet.
 
     Node attributes: `key`, `panel`, `box`, `kind`, `title`, `lines`, `shape_name`, `width` and
-    `height` in points, `state`, `matched`, `style`, `requires_grad`, `params`, `tooltip`.
-    Edge attributes: `style`, `dashed`, `grad`, `label`, `weight`, `minlen`.
-    Graph attributes: `boxes` (id -> attributes, outermost first), `panels`.
+    `height` in points, `state`, `matched`, `style`, `requires_grad`, `params`, `tooltip`, `verdict`.
+    Edge attributes: `style`, `dashed`, `far` (a port names its source; no line), `grad`, `label`, `weight`, `minlen`.
+    Graph attributes: `boxes` (id -> attributes, outermost first), `beside` (nodes for one row).
     """
     graph = nx.MultiDiGraph()
     graph.graph["boxes"] = {}
+    graph.graph["beside"] = []
     taken: dict[str, str] = {}
     sites = _sites(panels)
     for index, panel in enumerate(panels):
@@ -48,7 +50,8 @@ def _sites(panels: list[Panel]) -> dict[str, None]:
     read = {a.target for a in panel.arrows}
     found = {i.site: None for i in panel.items.values() if i.site}
     for key, item in panel.items.items():
-        if item.role == "base" and key not in read:  # a weight that is read, not a layer's call
+        weight = item.role == "base" or item.verdict == "bypassed"
+        if weight and key not in read:  # a weight that is read, not a layer's call
             found.update((w.name, None) for w in item.weights)
     return found
 
@@ -77,19 +80,21 @@ class _Sheet:
         boxes = self._graph.graph["boxes"]
         boxes[self._root] = {
             "kind": "panel", "label": title, "note": "".join(t for t, _ in parts),
-            "parts": parts, "count": 1, "parent": "", "panel": self._name,
+            "parts": parts, "count": 1, "parent": "", "panel": self._name, "verdict": "",
         }  # fmt: skip
         for key in _outermost_first(self._panel.boxes):
             boxes[self._ids[key]] = self._box(self._panel.boxes[key])
         for item in self._panel.items.values():
             self._graph.add_node(self._ids[item.key], **self._node(item))
+            if item.beside in self._ids:
+                self._graph.graph["beside"].append([self._ids[item.beside], self._ids[item.key]])
         self._edges()
 
     def _box(self, box: Box) -> dict[str, Any]:
         return {
             "kind": box.kind, "label": box.label, "note": box.note, "count": box.count,
             "parts": (), "parent": self._ids[box.parent] if box.parent else self._root,
-            "panel": self._name,
+            "panel": self._name, "verdict": box.verdict,
         }  # fmt: skip
 
     # ---- nodes -------------------------------------------------------------------------------
@@ -106,7 +111,7 @@ class _Sheet:
             "title": title, "lines": lines, "tagged": bool(item.tags and item.kind != "circle"),
             "shape_name": shape, "width": width, "height": height,
             "state": item.state, "matched": matched, "style": _style(item),
-            "requires_grad": item.grad, "params": item.params,
+            "requires_grad": item.grad, "params": item.params, "verdict": item.verdict,
             "tooltip": _tooltip(item, matched), "path": item.path,
         }  # fmt: skip
 
@@ -120,12 +125,21 @@ class _Sheet:
         for a in arrows:
             source, target = items[a.source], items[a.target]
             added = source.role in _ADDED or target.role == "lora_A"
-            style = "added" if added else "quiet" if a.grad is False else "kept"
+            idle = (source if source.role in _ADDED else target).verdict in IDLE
+            style = (
+                "idle"
+                if added and idle
+                else "added"
+                if added
+                else "quiet"
+                if a.grad is False
+                else "kept"
+            )
             skip = (a.source, a.target) in skips
             alone = not skip and spine.out_degree(a.source) == 1 == spine.in_degree(a.target)
             self._graph.add_edge(
                 self._ids[a.source], self._ids[a.target],
-                style=style, dashed=skip, grad=a.grad, label=a.label,
+                style=style, dashed=skip, far=a.far, grad=a.grad, label=a.label,
                 weight=0 if self._enters_fold(a) else _weight(source, target, alone, skip),
                 minlen=2 if self._leaves_fold(a.source, a.target) else 1,
             )  # fmt: skip
@@ -215,10 +229,16 @@ def _shape(item: Item) -> str:
 def _style(item: Item) -> str:
     if item.kind in ("input", "output"):
         return "io"
+    if item.verdict in IDLE and item.role in ("lora_A", "lora_B", "diagonal", "sum", "delta"):
+        return "idle"
+    if item.verdict == "inert":
+        return "unused"
     if item.role in ("sum", "delta"):
         return "trainable"
     if item.kind == "circle":
         return "sum"
+    if item.kind == "again":
+        return "again"
     return {"": "op", "frozen": "frozen"}.get(item.state, "trainable")
 
 
@@ -272,6 +292,7 @@ def _tooltip(item: Item, matched: bool) -> str:
         f"output {tensor(item.shape, item.dtype)}" if item.shape is not None else "",
         "" if item.grad is None else f"output requires_grad={item.grad}",
         item.note,
+        f"{item.verdict}: {item.reason}" if item.verdict else "",
         "matched by the LoRA config" if matched else "",
         f"reads {', '.join(item.tags)}" if item.tags else "",
         item.source,

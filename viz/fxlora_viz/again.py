@@ -1,0 +1,102 @@
+"""Folded panels -> panels in which blocks equal to ones drawn already are one node that says so.
+
+Layers that alternate (five with a sliding window, one without, five, one, ...) fold into short runs,
+each drawn in full: a sheet of fifteen thousand points that shows two pictures over and over.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fxlora_viz.picture import Arrow, Box, Item, Panel
+
+_NAMED = 12  # runs the tooltip names
+
+
+def again(panel: Panel) -> Panel:
+    """Returns a panel in which every block that is equal to an earlier one is part of a card.
+
+    Args:
+        panel: folded; `Box.same_as` names the earlier block. Not changed.
+    """
+    repeats = {k: b for k, b in panel.boxes.items() if b.same_as}
+    if not repeats:
+        return panel
+    owner = {key: _outermost(panel, home, repeats) for key, home in panel.home.items()}
+    card_of: dict[str, str] = {}  # repeated box -> key of its card
+    cards: dict[str, list[Box]] = {}
+    current = ""
+    for key in panel.items:  # in execution order: neighbours share a card
+        box = owner.get(key, "")
+        if not box:
+            current = ""
+            continue
+        if box not in card_of:
+            if not current or cards[current][0].parent != repeats[box].parent:
+                current = f"again:{box}"
+            card_of[box] = current
+            cards.setdefault(current, []).append(repeats[box])
+        current = card_of[box]
+    items: dict[str, Item] = {}
+    home = {}
+    for key, item in panel.items.items():
+        card = card_of.get(owner.get(key, ""), "")
+        if not card:
+            items[key] = item
+            if key in panel.home:
+                home[key] = panel.home[key]
+        elif card not in items:
+            items[card] = _card(card, cards[card], panel, item)
+            home[card] = cards[card][0].parent
+    into = {k: card_of[b] for k, b in owner.items() if b}
+    return replace(
+        panel,
+        items=items,
+        arrows=_moved(panel.arrows, into),
+        boxes={k: b for k, b in panel.boxes.items() if not _outermost(panel, k, repeats)},
+        home=home,
+    )
+
+
+def _outermost(panel: Panel, home: str, repeats: dict[str, Box]) -> str:
+    """Returns the outermost repeated box around a place; "" for none."""
+    found = ""
+    while home:
+        found = home if home in repeats else found
+        home = panel.boxes[home].parent
+    return found
+
+
+def _moved(arrows: list[Arrow], into: dict[str, str]) -> list[Arrow]:
+    found: dict[tuple[str, str], Arrow] = {}
+    for a in arrows:
+        source, target = into.get(a.source, a.source), into.get(a.target, a.target)
+        if source != target:
+            label = "" if (source, target) != (a.source, a.target) else a.label
+            before = found.get((source, target))
+            if before is None or (a.grad and not before.grad):
+                found[source, target] = replace(a, source=source, target=target, label=label)
+    return list(found.values())
+
+
+def _card(key: str, boxes: list[Box], panel: Panel, first: Item) -> Item:
+    counts: dict[str, int] = {}
+    for box in boxes:
+        counts[box.same_as] = counts.get(box.same_as, 0) + box.count
+    lines = tuple(f"{n} as {panel.boxes[same].label}" for same, n in counts.items())
+    said = [f"{b.label} as {panel.boxes[b.same_as].label}" for b in boxes]
+    more = f"; … {len(said) - _NAMED} more" if len(said) > _NAMED else ""
+    name, last = boxes[0].label.partition(" … ")[0], boxes[-1].label
+    end = last.rpartition(" … ")[2].rpartition(".")[2]
+    title = last if len(boxes) == 1 else f"{name} … {end}"
+    path = boxes[0].key.partition(":")[2]
+    return Item(
+        key, "again", title, lines, first.frames[: _depth(first, path)], path,
+        boxes[0].note.removesuffix(", identical"), shape=first.shape, dtype=first.dtype,
+        grad=any(i.grad for i in panel.items.values()) or None,
+        note="; ".join(said[:_NAMED]) + more,
+    )  # fmt: skip
+
+
+def _depth(item: Item, path: str) -> int:
+    return next((n for n, (p, _) in enumerate(item.frames) if p == path), len(item.frames))
