@@ -460,7 +460,9 @@ def test_the_parts_of_a_fused_layer_are_found_with_their_rows_and_stripped(name:
 def test_an_adapter_for_every_call_is_found_call_by_call() -> None:
     traced = fxlora.trace(Twice(), (torch.randn(3, 4),))
     lora = filled(fxlora.rewrite(traced, LoraConfig(r=2, target_modules=["a"]), reach="calls"))
-    assert [(p.weight, p.calls) for p in recognise(lora)] == [("a.weight", 1)] * 2
+    calls = sum(n.target == "a" for n in traced.graph.nodes)
+    assert calls > 1
+    assert [(p.weight, p.calls) for p in recognise(lora)] == [("a.weight", 1)] * calls
     assert strip(lora).code == traced.code
 
 

@@ -17,7 +17,17 @@ from fxlora.errors import AdapterError
 from fxlora.facts import KEY, TraceInfo
 from fxlora.recognise.found import LowRank
 from fxlora.recognise.match import recognise
-from fxlora.recognise.reading import ADDS, CASTS, DIVS, MULS, SUBS, TURNS, VIEWS, name_of
+from fxlora.recognise.reading import (
+    ADDS,
+    CASTS,
+    DIVS,
+    MULS,
+    SUBS,
+    TURNS,
+    VIEWS,
+    is_in_place,
+    name_of,
+)
 from fxlora.recognise.rows import INTO_ROWS, PARTS, sides
 from fxlora.rewrite import copy_graph
 from fxlora.trace.shell import shell
@@ -66,11 +76,12 @@ class _Strip:
 
     def run(self) -> Any:
         """Returns the new graph, of the kind it was given."""
-        had_users = {n for n in self._graph.nodes if n.users}
+        unread = self._unread()
+        had_users = {n for n in self._graph.nodes if any(not _is_assert(u) for u in n.users)}
         for node in self._graph.nodes:
             self._visit(node)
         self._redirect()
-        gone = self._erase(had_users)
+        gone = self._erase(had_users, unread)
         self._check(gone)
         for node in self._graph.nodes:
             for key in _ROLES:
@@ -141,14 +152,33 @@ class _Strip:
                             value if n is old else n for n in node.meta["mutates"]
                         )
 
-    def _erase(self, had_users: set[Node]) -> list[Node]:
+    def _unread(self) -> set[Node]:
+        """Returns what is computed of the factors and read by nobody, in the graph as it came.
+
+        Registering a parametrization, as peft's ParamWrapper does, runs it once for its shape.
+        """
+        factors = {n for p in self._pairs for n in (p.a, p.b)}
+        of_factors = {n for n in self._graph.nodes if n.op == "get_attr" and n.target in factors}
+        found = set()
+        for node in self._graph.nodes:
+            called = node.op in ("call_function", "call_method")
+            if not called or of_factors.isdisjoint(node.all_input_nodes):
+                continue
+            of_factors.add(node)
+            pure = not (is_in_place(name_of(node)) or node.meta.get("mutates") or node.is_impure())
+            if not node.users and pure:
+                found.add(node)
+        return found
+
+    def _erase(self, had_users: set[Node], unread: set[Node]) -> list[Node]:
         gone = []
         for node in reversed(list(self._graph.nodes)):
             if node.op in ("placeholder", "output") or node.users:
                 continue
-            lost = node in had_users or node in self._values
-            asserts = name_of(node) == "_assert_tensor_metadata" and any(
-                a in self._values for a in node.all_input_nodes
+            lost = node in had_users or node in self._values or node in unread
+            asserts = _is_assert(node) and any(
+                a in self._values or (a in had_users and all(map(_is_assert, a.users)))
+                for a in node.all_input_nodes
             )
             if lost or asserts:
                 gone.append(node)
@@ -236,6 +266,10 @@ class _Strip:
             if node.name == name and isinstance(value, Node):
                 return value.name
         return name
+
+
+def _is_assert(node: Node) -> bool:
+    return name_of(node) == "_assert_tensor_metadata"
 
 
 def _remove(root: nn.Module, name: str) -> None:
