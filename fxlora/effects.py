@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -192,15 +193,20 @@ class _Walk:
 
     def _path(self, start: Node) -> tuple[str, ...]:
         """Returns a shortest way from a node with a gradient to the output."""
-        came: dict[Node, Node | None] = {start: None}
-        todo = deque([start])
-        while self._output not in came:
+        return _names(_back(start, self._next)[::-1])
+
+    @cached_property
+    def _next(self) -> dict[Node, Node | None]:
+        """For every node with a gradient, the next one on a shortest way to the output."""
+        found: dict[Node, Node | None] = {self._output: None}
+        todo = deque([self._output])
+        while todo:
             at = todo.popleft()
-            for onward in self._onward[at]:
-                if onward not in came and onward in self._moved and at in self._steep[onward]:
-                    came[onward] = at
-                    todo.append(onward)
-        return _names(_back(self._output, came))
+            for source in self._steep[at]:
+                if source not in found and source in self._moved and at in self._onward[source]:
+                    found[source] = at
+                    todo.append(source)
+        return found
 
     def _cut(self, start: Node) -> list[Node]:
         """Returns a shortest way towards the output, up to the first node no gradient passes."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -262,12 +263,14 @@ def _followed(
     """Returns every node's sources, those that write into what it reads included."""
     sources: dict[Node, list[Node]] = {}
     writes: dict[Node, list[tuple[Node, Node]]] = {}
+    memory = cache(_memory)
     for node in graph_module.graph.nodes:
-        read = direct(node, target_name(node))
-        found = [n for s in read for n in _now(s, writes.get(_memory(s), []))]
+        found = direct(node, target_name(node))
+        if writes:
+            found = [n for s in found for n in _now(s, writes.get(memory(s), ()))]
         sources[node] = list(dict.fromkeys(found))
         for changed in _written(node):
-            writes.setdefault(_memory(changed), []).append((node, _whole(changed)))
+            writes.setdefault(memory(changed), []).append((node, _whole(changed)))
     return sources
 
 
@@ -278,7 +281,7 @@ def _written(node: Node) -> tuple[Node, ...]:
     return tuple(node.meta.get("mutates", ()))
 
 
-def _now(source: Node, writes: list[tuple[Node, Node]]) -> list[Node]:
+def _now(source: Node, writes: Sequence[tuple[Node, Node]]) -> list[Node]:
     """Returns what a tensor is made of when it is read: itself and the writes since.
 
     A write to all of it stands in its place; a write through a view, beside it.

@@ -24,6 +24,8 @@ def clean(text: object, limit: int = 300) -> str:
     raw = str(text)
     if len(raw) > limit:
         raw = raw[: limit // 2] + "…" + raw[len(raw) - limit // 2 :]
+    if raw.isascii() and raw.isprintable():  # nearly all are
+        return " ".join(raw.split())
     safe = "".join(" " if _odd(c) else c for c in raw)
     return " ".join(safe.split())
 
