@@ -98,10 +98,7 @@ def _parser() -> argparse.ArgumentParser:
         if name == "plan":
             _add_questions(command)
         if name == "draw":
-            command.add_argument(
-                "-o", "--output", default="lora.svg", metavar="FILE",
-                help="by its suffix: .svg .dot .html .png .pdf (default: lora.svg)",
-            )  # fmt: skip
+            _add_drawing(command)
     _add_lint(commands)
     _add_memory(commands)
     _add_check(commands)
@@ -114,6 +111,19 @@ def _add_questions(command: argparse.ArgumentParser) -> None:
     add("--effects", action="store_true", help="whether each adapter's gradient arrives: live, bypassed, inert, cut, dead")  # fmt: skip
     add("--cover", action="store_true", help="target by layer by share of parameters and FLOPs")
     add("--choose", metavar="WORDS", help="the smallest targets for 'attention', 'all-linear - router', '60%% flops', ...")  # fmt: skip
+
+
+def _add_drawing(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("-o", "--output", default="lora.svg", metavar="FILE", help="by its suffix: .svg .html .png .pdf .dot .graphml .mmd .json (default: lora.svg)")  # fmt: skip
+    add("--focus", default="", metavar="MODULE", help="draw one module close up, with what it reads and feeds")  # fmt: skip
+    add("--depth", type=int, metavar="N", help="how many levels of modules to open (default: all)")
+    add("--columns", default="before,after", metavar="LIST", help="before, after, or before,after (default)")  # fmt: skip
+    add("--direction", default="TB", metavar="TB|LR", help="downwards (default) or to the right")
+    add("--theme", default="auto", metavar="NAME", help="auto (the reader's scheme), light or dark")
+    add("--detail", default="auto", metavar="NAME", help="auto, or full: nothing is summed up")
+    add("--unfolded", action="store_true", help="draw every one of a run of equal blocks")
+    add("--engine", default="auto", metavar="NAME", help="auto, dot or wasi")
 
 
 def _add_memory(commands: Any) -> None:

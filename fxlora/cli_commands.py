@@ -92,10 +92,21 @@ def run_draw(a: argparse.Namespace) -> int:
         import fxlora_viz
     except ImportError as e:
         raise FxloraError(f"drawing needs the fxlora_viz package: {e}") from e
-    traced, plan = planned(a)
-    lora = fxlora.rewrite(traced, plan)
+    columns = a.columns.split(",")
+    if columns not in (["before"], ["after"], ["before", "after"]):
+        raise FxloraError(f"--columns {a.columns!r} is none of before, after and before,after")
     try:
-        fxlora_viz.draw(traced, lora).save(a.output)
+        options = fxlora_viz.Options(
+            depth=a.depth, fold=not a.unfolded, focus=a.focus, detail=a.detail,
+            direction=a.direction, theme=a.theme, engine=a.engine,
+        )  # fmt: skip
+    except ValueError as e:
+        raise FxloraError(str(e)) from e
+    traced, plan = planned(a)
+    graphs = {"before": traced, "after": fxlora.rewrite(traced, plan)}
+    first, second = graphs[columns[0]], graphs[columns[1]] if columns[1:] else None
+    try:
+        fxlora_viz.draw(first, second, options).save(a.output)
     except (ValueError, OSError, RuntimeError) as e:
         raise FxloraError(f"{a.output}: {e}") from e
     if a.json:

@@ -274,3 +274,17 @@ def test_without_options_the_defaults_are_peft_s(config: str, capsys: Any) -> No
     assert main(["plan", config, "-t", "q_proj", "--json"]) == 0
     (first, *_) = [s for s in json.loads(capsys.readouterr().out)["sites"] if s["r"]]
     assert (first["r"], first["lora_alpha"], first["scaling"]) == (8, 8, 1.0)
+
+
+def test_draw_takes_the_options_of_a_drawing(tmp_path: Path, capsys: Any) -> None:
+    base = ["draw", "gpt2", "-t", "c_attn", "-o", str(tmp_path / "x.dot")]
+    assert main(base) == 0
+    both = (tmp_path / "x.dot").read_text(encoding="utf-8")
+    assert main([*base, "--columns", "after", "--focus", "transformer.h.3.attn"]) == 0
+    one = (tmp_path / "x.dot").read_text(encoding="utf-8")
+    assert "cluster_b_panel" in both
+    assert "cluster_b_panel" not in one
+    assert "transformer_h_0" not in one
+    for wrong in (["--columns", "after,before"], ["--theme", "pink"], ["--detail", "no"]):
+        assert main([*base, *wrong]) == 3
+        assert wrong[1] in capsys.readouterr().err

@@ -52,7 +52,7 @@ def again(panel: Panel) -> Panel:
     return replace(
         panel,
         items=items,
-        arrows=_moved(panel.arrows, into),
+        arrows=moved(panel.arrows, into),
         boxes={k: b for k, b in panel.boxes.items() if not _outermost(panel, k, repeats)},
         home=home,
     )
@@ -67,7 +67,13 @@ def _outermost(panel: Panel, home: str, repeats: dict[str, Box]) -> str:
     return found
 
 
-def _moved(arrows: list[Arrow], into: dict[str, str]) -> list[Arrow]:
+def moved(arrows: list[Arrow], into: dict[str, str]) -> list[Arrow]:
+    """Returns arrows with their ends moved, each pair of ends once, and none within one item.
+
+    Args:
+        arrows: read.
+        into: item key -> key of the item that now stands for it.
+    """
     found: dict[tuple[str, str], Arrow] = {}
     for a in arrows:
         source, target = into.get(a.source, a.source), into.get(a.target, a.target)
@@ -80,10 +86,14 @@ def _moved(arrows: list[Arrow], into: dict[str, str]) -> list[Arrow]:
 
 
 def _card(key: str, boxes: list[Box], panel: Panel, first: Item) -> Item:
-    counts: dict[str, int] = {}
+    counts: dict[tuple[str, str], int] = {}
     for box in boxes:
-        counts[box.same_as] = counts.get(box.same_as, 0) + box.count
-    lines = tuple(f"{n} as {panel.boxes[same].label}" for same, n in counts.items())
+        shown = (box.same_as, box.lacks)
+        counts[shown] = counts.get(shown, 0) + box.count
+    lines: list[str] = []
+    for (same, lacks), n in counts.items():
+        lines.append(f"{n} as {panel.boxes[same].label}")
+        lines += [f"without {lacks}"] if lacks else []
     said = [f"{b.label} as {panel.boxes[b.same_as].label}" for b in boxes]
     more = f"; … {len(said) - _NAMED} more" if len(said) > _NAMED else ""
     name, last = boxes[0].label.partition(" … ")[0], boxes[-1].label
@@ -91,7 +101,7 @@ def _card(key: str, boxes: list[Box], panel: Panel, first: Item) -> Item:
     title = last if len(boxes) == 1 else f"{name} … {end}"
     path = boxes[0].key.partition(":")[2]
     return Item(
-        key, "again", title, lines, first.frames[: _depth(first, path)], path,
+        key, "again", title, tuple(lines), first.frames[: _depth(first, path)], path,
         boxes[0].note.removesuffix(", identical"), shape=first.shape, dtype=first.dtype,
         grad=any(i.grad for i in panel.items.values()) or None,
         note="; ".join(said[:_NAMED]) + more,

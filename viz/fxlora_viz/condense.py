@@ -135,11 +135,14 @@ class _Condenser:
             factor = node.args[1]
             # A scaled embedding's own factor is a tensor, and no part of the adapter's scaling.
             label = "" if isinstance(factor, Node) else f"×{number(factor)}"
+        elif "role" not in node.meta:
+            label = ops.factor(node)
         if node.name in self._cuts:
             label = f"✕ {ops.title(node)}: no gradient"
         for source in inputs:
             for origin in self._origins.get(source, ()):
-                found[origin.key] = replace(origin, label=label or origin.label, grad=grad)
+                text = " ".join(t for t in (origin.label, label) if t)
+                found[origin.key] = replace(origin, label=text, grad=grad)
         return tuple(found.values())
 
     def _rescaled(self, node: Node) -> tuple[_Origin, ...]:
@@ -246,7 +249,9 @@ class _Condenser:
                     grad=self._reading.grad.get(node), members=(node.name,),
                 )  # fmt: skip
             have = {(a.source, a.target) for a in arrows}
-            arrows += [Arrow(o.key, key, "", o.grad) for o in origins if (o.key, key) not in have]
+            arrows += [
+                Arrow(o.key, key, o.label, o.grad) for o in origins if (o.key, key) not in have
+            ]
 
 
 def _facts(reading: Reading, trainable: int, total: int) -> dict[str, Any]:

@@ -153,6 +153,7 @@ class Writer:
             if self._bare and data["far"]:
                 continue  # the port it ends at names its source
             color, width = theme.EDGES[data["style"]]
+            hot = data["style"] in ("added", "idle") or data["label"].startswith("✕")
             shown = {
                 "id": f"e{i}",
                 "weight": data["weight"],
@@ -167,7 +168,7 @@ class Writer:
                     "penwidth": width,
                     **({"style": "dashed"} if data["dashed"] else {}),
                     **({"style": "dotted"} if data["style"] == "idle" else {}),
-                    **({"fontcolor": theme.HOT} if data["label"] else {}),
+                    **({"fontcolor": theme.HOT} if data["label"] and hot else {}),
                 }
             lines.append(f'"{u}" -> "{v}" [{_attributes(shown)}];')
         return lines

@@ -14,6 +14,7 @@ import networkx as nx
 from torch.fx import GraphModule
 
 from fxlora_viz import files, formats
+from fxlora_viz.brief import brief
 from fxlora_viz.condense import condense
 from fxlora_viz.dot import dot_text
 from fxlora_viz.engines import EngineError, run_engine
@@ -39,6 +40,8 @@ class Options:
         depth: how many levels of modules to open; None opens all.
         fold: draw a run of equal blocks once.
         focus: path of a module; only that module and what it reads and feeds is drawn.
+        detail: "auto" sums up what no adapter touches where a sheet would have more nodes than one
+            reads; "full" does not.
         direction: "TB" (downwards) or "LR" (to the right).
         theme: "auto" (the reader's scheme), "light" or "dark".
         engine: "auto", "dot" or "wasi".
@@ -49,6 +52,7 @@ class Options:
     depth: int | None = None
     fold: bool = True
     focus: str = ""
+    detail: str = "auto"
     direction: str = "TB"
     theme: str = "auto"
     engine: str = "auto"
@@ -58,6 +62,7 @@ class Options:
     def __post_init__(self) -> None:
         """Refuses a value that no option takes."""
         for name, allowed in (
+            ("detail", ("auto", "full")),
             ("direction", ("TB", "LR")),
             ("theme", ("auto", "light", "dark")),
             ("engine", ("auto", "dot", "wasi")),
@@ -146,12 +151,14 @@ class Drawing:
     def _html(self) -> str:
         if self._sheet is None:
             return files.html_page(self.svg, escape(self._title()))
+        # There, the reader closes what is too much.
+        full = Drawing(view(list(self._sheet.panels)), self.options)
         try:
-            still = self.svg
+            still = full.svg
         except EngineError:
             still = ""  # the page brings an engine of its own
         return page(
-            self.graph,
+            full.graph,
             self._sheet,
             self._title(),
             still,
@@ -213,10 +220,13 @@ def draw(
     if chosen.focus:
         panels = [focus_on(p, chosen.focus) for p in panels]
     whole, panels = panels, fold(panels, chosen.fold)
+    sheet = Sheet(tuple(graphs), tuple(whole), tuple(panels))
+    if chosen.detail == "auto" and chosen.fold and not chosen.focus:
+        panels = brief(panels)
     count = sum(len(p.items) for p in panels)
     if count > chosen.max_nodes:
         raise TooLargeError(_too_large(count, chosen))
-    return Drawing(view(panels), chosen, Sheet(tuple(graphs), tuple(whole), tuple(panels)))
+    return Drawing(view(panels), chosen, sheet)
 
 
 def _options(options: Options | None, changes: dict[str, Any]) -> Options:

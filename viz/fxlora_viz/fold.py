@@ -13,8 +13,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fxlora_viz.again import again
+from fxlora_viz.looks import look
 from fxlora_viz.names import clean, tensor
 from fxlora_viz.picture import Arrow, Box, Item, Panel
+from fxlora_viz.picture import inside as inside_box
 from fxlora_viz.ports import with_ports
 
 Frame = tuple[str, int]
@@ -77,34 +79,13 @@ class _Index:
                     wires.append((-1 - number, a.label))
             leaves = any(a.target not in inside for a in self.out.get(key, ()))
             item = self.panel.items[key]
-            rows.append((*_look(item, frame[0]), tuple(wires), leaves, self._tags(item, frame)))
+            rows.append((*look(item, frame[0]), tuple(wires), leaves, self._tags(item, frame)))
         return tuple(rows)
 
     def _tags(self, item: Item, frame: Frame) -> tuple[str, ...]:
         # Two layers that read different masks are different layers. A table a block computes for
         # itself is named by operations inside it, which differ from block to block: skip those.
         return tuple(k for k, frames in item.tag_keys if frame not in frames) + item.tags
-
-
-def _below(key: str, path: str) -> bool:
-    return key == path or key.startswith((path + ".", path + "#"))
-
-
-def _look(item: Item, block: str) -> tuple[Any, ...]:
-    def inner(path: str) -> str:
-        return path[len(block) :] if _below(path, block) else path
-
-    # One batch may go by two symbols that a guard makes equal: which one is no difference.
-    dims = (
-        None if item.shape is None else tuple(d if isinstance(d, int) else "" for d in item.shape)
-    )
-    weights = tuple((inner(w.name), w.shape, w.trainable) for w in item.weights)
-    title = item.title if item.kind != "module" else ""
-    return (
-        item.kind, inner(item.path), title, item.type, item.lines, dims, str(item.dtype),
-        item.role, inner(item.site), item.adapter, inner(item.whole), weights,
-        item.verdict, item.said,
-    )  # fmt: skip
 
 
 @dataclass
@@ -394,7 +375,7 @@ def _site_label(item: Item) -> str:
 
 def _add_entry(panel: Panel, box: str, frame: Frame) -> None:
     """Adds the node by which a block's main input enters, so that its residual starts inside."""
-    inside = _inside(panel, box)
+    inside = inside_box(panel, box)
     entering = [a for a in panel.arrows if a.target in inside and a.source not in inside]
     first = next((a for k in panel.items if k in inside for a in entering if a.target == k), None)
     if first is None:
@@ -419,17 +400,6 @@ def _add_entry(panel: Panel, box: str, frame: Frame) -> None:
         items[k] = item
     panel.items = items
     panel.home[key] = box
-
-
-def _inside(panel: Panel, box: str) -> set[str]:
-    found = set()
-    for key, home in panel.home.items():
-        at = home
-        while at and at != box:
-            at = panel.boxes[at].parent
-        if at == box:
-            found.add(key)
-    return found
 
 
 def _argument(cls: type | None) -> str:

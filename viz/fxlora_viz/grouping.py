@@ -94,8 +94,13 @@ class Groups:
         elif node.op == "call_module":
             path, call = frames[-1] if frames else (plain_name(node), 0)
             self._join(call_key(path, call), "module", path, frames, node)
-        elif not ops.is_passing(node):
+        elif not ops.is_passing(node) and not self._is_label(node):
             self._extend_run(node, frames)
+
+    def _is_label(self, node: Node) -> bool:
+        """Whether a node is a number written on the arrow through it: a product of its module's own."""
+        inside = {n for n in node.all_input_nodes if n.op != "placeholder"}
+        return bool(ops.factor(node)) and bool(inside) and not _function(node)
 
     def _place_part(self, node: Node, part: Part, frames: Frames) -> None:
         if self._place_rest(node, frames, part.site):

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch.fx import Node
 
+from fxlora_viz.names import number
+
 # Sizes, devices, and the switches a trace leaves behind: no tensor flows through them.
 _PLUMBING = frozenset(
     "size getattr dim numel ndimension storage_offset stride is_contiguous get_device "
@@ -83,6 +85,23 @@ def _has_node(index: Any) -> bool:
 def symbol(node: Node) -> str:
     """Returns the sign of an arithmetic operation, or ""."""
     return _SYMBOLS.get(name_of(node), "")
+
+
+def factor(node: Node) -> str:
+    """Returns "×0.125" for a product with a plain number, "÷8" for a quotient by one, else ""."""
+    sign = symbol(node)
+    if (
+        node.op not in ("call_function", "call_method")
+        or sign not in ("×", "÷")
+        or len(node.args) != 2
+        or node.kwargs
+    ):
+        return ""
+    left, right = node.args
+    if sign == "×" and isinstance(right, Node):
+        left, right = right, left
+    plain = isinstance(left, Node) and isinstance(right, (int, float))
+    return f"{sign}{number(right)}" if plain and not isinstance(right, bool) else ""
 
 
 def is_circle(sign: str) -> bool:

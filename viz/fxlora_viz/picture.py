@@ -119,6 +119,7 @@ class Box:
         parent: key of the box around; "" for the panel.
         verdict: of the adapter in a site; "" for the rest.
         same_as: key of an earlier block that shows the same; "" for none.
+        lacks: names of what that one shows besides; "" for nothing.
     """
 
     key: str
@@ -129,6 +130,7 @@ class Box:
     parent: str = ""
     verdict: str = ""
     same_as: str = ""
+    lacks: str = ""
 
 
 @dataclass
@@ -150,3 +152,15 @@ class Panel:
     home: dict[str, str] = field(default_factory=dict)
     types: dict[str, type] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+
+
+def inside(panel: Panel, box: str) -> set[str]:
+    """Returns the keys of the items in a box, at any depth."""
+    found = set()
+    for key, home in panel.home.items():
+        at = home
+        while at and at != box:
+            at = panel.boxes[at].parent
+        if at == box:
+            found.add(key)
+    return found

@@ -193,7 +193,15 @@ def _edge(i: int, u: str, v: str, data: dict[str, Any], route: Route) -> str:
     head = arrow_svg(p[-1], route.tip) if route.tip is not None else ""
     label = ""
     if data["label"] and route.label is not None:
-        label = _line("h m", route.label[0], route.label[1] + 3.5, 10, escape(data["label"]))
+        # A number of the model's own is quiet; the adapter's scaling and a cut are not.
+        loud = data["style"] in ("added", "idle") or data["label"].startswith("✕")
+        label = _line(
+            "h m" if loud else "d m",
+            route.label[0],
+            route.label[1] + 3.5,
+            10,
+            escape(data["label"]),
+        )
     return (
         f'<g id="e{i}" class="{edge_classes(data)}" data-from="{u}" data-to="{v}">'
         f'<path d="{curve}"/>{head}{label}</g>'
