@@ -36,8 +36,8 @@ class Printed:
 def html(parts: Iterable[str]) -> str:
     """Returns lines and tables as HTML that brings no colour or font size of its own.
 
-    >>> html(["2 sites", "", "  a  b"])
-    '<div><p>2 sites</p><pre>  a  b</pre></div>'
+    >>> html(["2 sites", "warning: <none>"])
+    '<div><p>2 sites</p><p><strong>warning:</strong> &lt;none&gt;</p></div>'
     """
     return f"<div>{''.join(_blocks(parts))}</div>"
 
@@ -57,9 +57,9 @@ def _blocks(parts: Iterable[str]) -> Iterator[str]:
 
 def _text(lines: list[str]) -> Iterator[str]:
     if any(line.startswith(" ") for line in lines):
-        # Spaces that place things; a long line still wraps.
-        style = ' style="white-space:pre-wrap"' if max(map(len, lines)) > 80 else ""
-        yield f"<pre{style}>{_safe(chr(10).join(lines))}</pre>"
+        # Spaces that place things: every letter as wide as the next, and a long line still wraps.
+        style = "font-family:monospace;white-space:pre-wrap"
+        yield f'<pre style="{style}">{_safe(chr(10).join(lines))}</pre>'
         return
     for line in lines:
         word, colon, rest = line.partition(": ")

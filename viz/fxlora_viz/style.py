@@ -36,8 +36,9 @@ def inline_style_sheet(mode: str, name: str) -> str:
         mode: "auto" follows the notebook's theme where it says one, else the reader's scheme.
         name: the class of this drawing alone, so that no rule reaches another one.
     """
+    fits = f".{name}{{max-width:100%;height:auto}}"
     if mode != "auto":
-        return style_sheet(mode).replace(".fxlora ", f".{name} ")
+        return fits + style_sheet(mode).replace(".fxlora ", f".{name} ")
     rules = _rules().replace(".fxlora ", f".{name} ")
     rules = _COLOUR.sub(lambda m: f"var(--fx{m.group()[1:]})", rules)
     light = ";".join(f"--fx{c[1:]}:{c}" for c in theme.DARK)
@@ -47,7 +48,7 @@ def inline_style_sheet(mode: str, name: str) -> str:
         return ",".join(f"{h} .{name}" for h in hosts)
 
     return (
-        f".{name}{{{light}}}@media (prefers-color-scheme:dark){{.{name}{{{dark}}}}}"
+        f"{fits}.{name}{{{light}}}@media (prefers-color-scheme:dark){{.{name}{{{dark}}}}}"
         f"{hosted(_LIGHT_HOSTS)}{{{light}}}{hosted(_DARK_HOSTS)}{{{dark}}}{rules}"
     )
 
