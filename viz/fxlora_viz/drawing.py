@@ -126,7 +126,7 @@ class Drawing:
 
         Raises:
             ValueError: for another suffix.
-            EngineError: when no layout engine is installed; .dot and .html need none.
+            EngineError: when no layout engine is installed; only .svg, .png and .pdf need one.
         """
         suffix = files.suffix_of(path)
         return files.write_whole(path, self._content(suffix))
