@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.fx import GraphModule
 
 from fxlora.errors import did_you_mean
 from fxlora.facts import info
+from fxlora.html import Printed
 from fxlora.keys import PREFIX, Entry, entries
 from fxlora.text import count, table
 
@@ -40,7 +42,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Check:
+class Check(Printed):
     """What a file holds against what a graph needs; prints what does not fit.
 
     Attributes:
@@ -68,7 +70,7 @@ class Check:
             "rows": [asdict(r) for r in self.rows],
         }
 
-    def __str__(self) -> str:
+    def _parts(self) -> Iterable[str]:
         bad = [r for r in self.rows if r.status != "fits"]
         good = len(self.rows) - len(bad)
         sites = {r.site for r in self.rows if r.status == "fits"}
@@ -80,7 +82,7 @@ class Check:
             lines += ["", table(("status", "tensor", "note"), cells)]
         if len(bad) > 20:
             lines.append(f"... and {len(bad) - 20} more")
-        return "\n".join(lines)
+        return lines
 
 
 def check_tensors(

@@ -21,6 +21,7 @@ from fxlora import matching
 from fxlora.errors import ConfigError, did_you_mean
 from fxlora.facts import info
 from fxlora.flops import example_sizes, site_flops
+from fxlora.html import Printed
 from fxlora.patterns import language, segments, smallest_regex
 from fxlora.plan import plan
 from fxlora.roles import ROLES, place_of, role_of
@@ -33,7 +34,7 @@ Wanted = str | Iterable[str] | Callable[[Site], bool]
 
 
 @dataclass(frozen=True)
-class Choice:
+class Choice(Printed):
     """Fields of a LoraConfig that take the wanted sites, and no others.
 
     Attributes:
@@ -92,12 +93,12 @@ class Choice:
             "notes": list(self.notes),
         }
 
-    def __str__(self) -> str:
+    def _parts(self) -> Iterable[str]:
         lines = [f"{count(len(self.wanted), 'site')}, {self.entries} to write:"]
         lines += [f"  {name}={value!r}" for name, value in self.fields().items()]
         if self.regex and self.regex_exact and self.regex != self.target_modules:
             lines.append(f"  or as one regex: target_modules={self.regex!r}")
-        return "\n".join([*lines, *(f"note: {n}" for n in self.notes)])
+        return [*lines, *(f"note: {n}" for n in self.notes)]
 
 
 def _listed(value: Any) -> Any:

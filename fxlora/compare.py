@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from fxlora.config import init_name
 from fxlora.divergences import FAST_PATH, Divergence, divergences, largest
 from fxlora.errors import TraceError, UnsupportedError
 from fxlora.facts import info
+from fxlora.html import Printed
 from fxlora.plan import Plan
 from fxlora.plan import plan as make_plan
 from fxlora.rewrite import rewrite, rewrite_as_peft, trained_values
@@ -83,7 +84,7 @@ class Deviation:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Printed):
     """What comparing with PEFT found; prints as a report.
 
     Attributes:
@@ -140,10 +141,10 @@ class Comparison:
             out[k] = [asdict(row) for row in getattr(self, k)]
         return out
 
-    def __str__(self) -> str:
-        from fxlora.report import comparison_text
+    def _parts(self) -> Iterable[str]:
+        from fxlora.report import comparison_parts
 
-        return comparison_text(self)
+        return comparison_parts(self)
 
 
 def compare(

@@ -17,6 +17,7 @@ from torch.fx import GraphModule
 from fxlora.facts import info
 from fxlora.flops import call_flops, distinct_calls, example_sizes, site_flops
 from fxlora.fused import fused_advice
+from fxlora.html import Printed
 from fxlora.plan import Plan, PlannedSite
 from fxlora.roles import Place, layer_at, place_of, role_of
 from fxlora.sites import Site
@@ -138,7 +139,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Coverage:
+class Coverage(Printed):
     """What of a model a plan covers; prints as a table, iterates over its rows.
 
     Attributes:
@@ -216,12 +217,14 @@ class Coverage:
 
     def text(self, ascii_only: bool = False) -> str:
         """Returns the table; with letters and signs of ASCII alone where a terminal needs it."""
-        from fxlora.coverage_report import coverage_text
+        from fxlora.coverage_report import coverage_parts
 
-        return coverage_text(self, ASCII if ascii_only else BLOCKS)
+        return "\n".join(coverage_parts(self, ASCII if ascii_only else BLOCKS))
 
-    def __str__(self) -> str:
-        return self.text()
+    def _parts(self) -> Iterable[str]:
+        from fxlora.coverage_report import coverage_parts
+
+        return coverage_parts(self, BLOCKS)
 
 
 def coverage(traced: GraphModule, plan: Plan, sizes: Mapping[str, int] | None = None) -> Coverage:

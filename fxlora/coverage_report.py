@@ -12,7 +12,7 @@ _COLUMNS = 6  # more ranges than this are drawn as one bar, a character a layer
 _WIDTH = 64
 
 
-def coverage_text(c: Coverage, marks: Mapping[str, str]) -> str:
+def coverage_parts(c: Coverage, marks: Mapping[str, str]) -> list[str]:
     """Returns a coverage as a table; `marks` are the signs of its bars."""
     adapted, total = sum(r.adapted for r in c.rows), sum(len(r.sites) for r in c.rows)
     at = ", ".join(f"{s}={n}" for s, n in c.sizes.items())
@@ -31,7 +31,7 @@ def coverage_text(c: Coverage, marks: Mapping[str, str]) -> str:
             f"{count(c.unknown, 'call')} of unknown shape left out of the FLOPs: the trace ran "
             "without example inputs"
         )
-    return "\n".join([*lines, *(f"note: {a}" for a in c.advice)])
+    return [*lines, *(f"note: {a}" for a in c.advice)]
 
 
 def _percent(share: float) -> str:

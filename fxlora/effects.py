@@ -8,6 +8,7 @@ and this walks that pass over the graph without running anything.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -24,6 +25,7 @@ from fxlora.gradients import (
     target_name,
     value_sources,
 )
+from fxlora.html import Printed
 from fxlora.plan import PlannedSite
 from fxlora.text import count
 
@@ -71,7 +73,7 @@ class Effect:
 
 
 @dataclass(frozen=True)
-class Effects:
+class Effects(Printed):
     """The effects of every adapted site of a graph; iterates over them, prints as a table."""
 
     effects: tuple[Effect, ...]
@@ -82,10 +84,10 @@ class Effects:
     def __len__(self) -> int:
         return len(self.effects)
 
-    def __str__(self) -> str:
-        from fxlora.report import effects_text
+    def _parts(self) -> Iterable[str]:
+        from fxlora.report import effects_parts
 
-        return effects_text(self.effects)
+        return effects_parts(self.effects)
 
 
 def effects(lora: GraphModule) -> Effects:

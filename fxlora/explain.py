@@ -23,6 +23,7 @@ from fxlora.errors import FxloraError, NoMatchError
 from fxlora.facts import info
 from fxlora.flops import distinct_calls, example_sizes, site_flops, whole_out_features
 from fxlora.fused import fused_advice, slice_names, slices_named
+from fxlora.html import Printed
 from fxlora.ladder import Step, hits_of, how_it_hits, ladder
 from fxlora.patterns import smallest_regex
 from fxlora.plan import Plan, PlannedSite
@@ -75,7 +76,7 @@ class PatternKey:
 
 
 @dataclass(frozen=True)
-class Explanation:
+class Explanation(Printed):
     """Everything known of one name under a plan; prints as text.
 
     Attributes:
@@ -122,10 +123,10 @@ class Explanation:
         """Returns the explanation as plain data, for JSON."""
         return asdict(self)
 
-    def __str__(self) -> str:
+    def _parts(self) -> Iterable[str]:
         from fxlora.explain_report import explanation_lines
 
-        return "\n".join(explanation_lines(self))
+        return explanation_lines(self)
 
 
 def explain_text(traced: GraphModule, plan: Plan, name: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from fxlora.roles import place_of
-from fxlora.text import count, human, table
+from fxlora.text import Table, count, human, table
 
 if TYPE_CHECKING:
     from fxlora.explain import Explanation
@@ -22,13 +22,13 @@ def explanation_lines(e: Explanation) -> Iterator[str]:
         yield ""
         rows = [(s.rule, s.outcome, s.reason) for s in e.steps]
         head = "rule, for the fused layer" if e.what == "slice" else "rule, in PEFT's order"
-        yield from _indented(table((head, "says", "because"), rows))
+        yield table((head, "says", "because"), rows).indented()
     if e.sites:
         yield ""
-        yield from _indented(_site_table(e.sites))
+        yield _site_table(e.sites).indented()
     if e.entries:
         yield ""
-        yield from _indented(_entry_table(e))
+        yield _entry_table(e).indented()
     if e.near and e.what == "site":
         yield f"  near, and not its name or suffix: {', '.join(map(repr, e.near))}"
     for p in e.patterns:
@@ -39,11 +39,7 @@ def explanation_lines(e: Explanation) -> Iterator[str]:
     yield from (f"  note: {a}" for a in e.advice)
 
 
-def _indented(text: str) -> list[str]:
-    return [f"  {line}" for line in text.splitlines()]
-
-
-def _entry_table(e: Explanation) -> str:
+def _entry_table(e: Explanation) -> Table:
     rows = []
     for x in e.entries:
         also = ", ".join(x.others[:2]) + (", ..." if x.takes > 3 else "")
@@ -55,7 +51,7 @@ def _entry_table(e: Explanation) -> str:
     return table(("target that takes it", "sites", "others"), rows, right=(1,))
 
 
-def _site_table(listed: Iterable[tuple[str, str, str]]) -> str:
+def _site_table(listed: Iterable[tuple[str, str, str]]) -> Table:
     groups: dict[tuple[str, str, str], list[str]] = {}
     for name, verdict, reason in listed:
         place = place_of(name)

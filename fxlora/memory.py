@@ -18,6 +18,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from fxlora.errors import ConfigError, TraceError, did_you_mean
 from fxlora.facts import info
+from fxlora.html import Printed
 from fxlora.rewrite import copy_graph
 from fxlora.text import table
 from fxlora.trace.shell import shell
@@ -29,7 +30,7 @@ _LORA = ("lora_A", "lora_B", "cast", "dropout", "scale", "sum", "cast_back", "de
 
 
 @dataclass(frozen=True)
-class Memory:
+class Memory(Printed):
     """Bytes of one training step, by what they are for; prints as a table.
 
     Attributes:
@@ -67,7 +68,7 @@ class Memory:
         """Returns the bytes as plain data."""
         return {**asdict(self), "total": self.total}
 
-    def __str__(self) -> str:
+    def _parts(self) -> Iterable[str]:
         rows = [
             ("base weights", human_bytes(self.weights), ""),
             ("adapters", human_bytes(self.adapters), f"{self.trains:,} parameters train"),
@@ -82,7 +83,7 @@ class Memory:
             lines += ["", "saved most, by module"]
             cells = [(n or "(the model)", human_bytes(b)) for n, b in self.largest]
             lines.append(table(("module", "size"), cells, right=(1,)))
-        return "\n".join(lines)
+        return lines
 
 
 def human_bytes(count: int) -> str:

@@ -23,6 +23,7 @@ from fxlora.errors import (
 from fxlora.extras import SavedModule, TokenRows
 from fxlora.facts import info
 from fxlora.freezing import bias_trains
+from fxlora.html import Printed
 from fxlora.layers import AdapterShape
 from fxlora.reach import checked, one_call, with_slices
 from fxlora.sites import Call, Site, kind_of, sites
@@ -160,7 +161,7 @@ class PlannedSite:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Printed):
     """What a LoraConfig does to a traced model; a value, nothing is changed yet.
 
     Iterates over its sites; prints as a table.
@@ -234,10 +235,10 @@ class Plan:
             "sites": [s.to_dict() for s in self.sites],
         }
 
-    def __str__(self) -> str:
-        from fxlora.report import plan_text
+    def _parts(self) -> Iterable[str]:
+        from fxlora.report import plan_parts
 
-        return plan_text(self)
+        return plan_parts(self)
 
 
 def plan(

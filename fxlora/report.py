@@ -78,7 +78,7 @@ def plan_rows(plan: Plan) -> list[tuple[str, ...]]:
     return rows
 
 
-def plan_text(plan: Plan) -> str:
+def plan_parts(plan: Plan) -> list[str]:
     """Returns a plan as a table with its totals and warnings."""
     head = ("site", "", "layer", "out x in", "calls", "verdict", "r", "scaling", "why")
     adapted = len(plan.adapted)
@@ -102,10 +102,10 @@ def plan_text(plan: Plan) -> str:
         for t in plan.tokens
     ]
     lines += [f"warning: {w}" for w in plan.warnings]
-    return "\n".join(lines)
+    return lines
 
 
-def effects_text(effects: Sequence[Effect]) -> str:
+def effects_parts(effects: Sequence[Effect]) -> list[str]:
     """Returns effects as a table: equal sites of repeated layers share a row."""
     groups: dict[tuple[str, ...], list[Effect]] = {}
     for e in effects:
@@ -127,14 +127,15 @@ def effects_text(effects: Sequence[Effect]) -> str:
         )
     live = sum(e.live for e in effects)
     head = ("site", "", "adapter", "verdict", "calls", "why")
-    return f"{live} of {count(len(effects), 'adapter')} live\n\n" + table(head, rows, right=(1, 4))
+    shown = table(head, rows, right=(1, 4))
+    return [f"{live} of {count(len(effects), 'adapter')} live", "", shown]
 
 
 def _flag(value: bool | None) -> str:
     return "-" if value is None else str(value)
 
 
-def parameter_text(rows: tuple[Parameter, ...], limit: int | None = None) -> str:
+def parameter_parts(rows: tuple[Parameter, ...], limit: int | None = None) -> list[str]:
     """Returns the parameter table: names on both sides, shapes, flags before and after."""
     head = ("parameter", "in PEFT", "shape", "before", "after", "PEFT")
     cells = [
@@ -148,13 +149,13 @@ def parameter_text(rows: tuple[Parameter, ...], limit: int | None = None) -> str
         )
         for r in (rows if limit is None else rows[:limit])
     ]
-    text = table(head, cells)
+    parts: list[str] = [table(head, cells)]
     if limit is not None and len(rows) > limit:
-        text += f"\n... and {len(rows) - limit:,} more; --json has them all"
-    return text
+        parts.append(f"... and {len(rows) - limit:,} more; --json has them all")
+    return parts
 
 
-def comparison_text(c: Comparison, limit: int = 24) -> str:
+def comparison_parts(c: Comparison, limit: int = 24) -> list[str]:
     """Returns a comparison as a report."""
     verdict = "equal" if c.equal else "NOT equal"
     names = sum(1 for r in c.parameters if r.after is not None and r.after == r.peft_after)
@@ -183,8 +184,7 @@ def comparison_text(c: Comparison, limit: int = 24) -> str:
     if c.tree_before:
         lines += ["", "before", _indent(c.tree_before), "after, as peft wraps it"]
         lines += [_indent(c.tree_after)]
-    lines += ["", parameter_text(c.parameters, limit)]
-    return "\n".join(lines)
+    return [*lines, "", *parameter_parts(c.parameters, limit)]
 
 
 def _certificate_line(c: Comparison) -> str:

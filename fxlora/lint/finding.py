@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
+
+from fxlora.html import Printed
 
 
 class Severity(IntEnum):
@@ -137,7 +139,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Printed):
     """Everything one run found, worst first; iterates over its findings and prints them.
 
     Attributes:
@@ -182,10 +184,10 @@ class Report:
 
         return sarif(self)
 
-    def __str__(self) -> str:
+    def _parts(self) -> Iterable[str]:
         from fxlora.lint.formats import text
 
-        return text(self)
+        return text(self).split("\n")
 
 
 def open_name(name: str) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch.fx import Node
 
+from fxlora.html import Printed
 from fxlora.text import count, table
 
 
@@ -81,12 +83,12 @@ class LowRank:
         return self.r < min(self.in_features, self.out_features)
 
 
-class Found(tuple[LowRank, ...]):
+class Found(Printed, tuple[LowRank, ...]):
     """The pairs of a graph, in its order; prints as a table."""
 
     __slots__ = ()
 
-    def __str__(self) -> str:
+    def _parts(self) -> Iterable[str]:
         head = ("site", "form", "A", "B", "r", "out x in", "scaling", "dropout", "calls")
         rows = [
             (
@@ -97,4 +99,4 @@ class Found(tuple[LowRank, ...]):
             for p in self
         ]  # fmt: skip
         title = count(len(self), "low-rank pair")
-        return f"{title}\n\n{table(head, rows, right=(4, 6, 7, 8))}" if rows else title
+        return [title, "", table(head, rows, right=(4, 6, 7, 8))] if rows else [title]

@@ -24,7 +24,7 @@ from fxlora_viz.focus import focus_on
 from fxlora_viz.fold import fold
 from fxlora_viz.layout import Layout, read_layout
 from fxlora_viz.marks import Marks
-from fxlora_viz.svg import svg_text
+from fxlora_viz.svg import inline_svg_text, svg_text
 from fxlora_viz.view import view
 
 
@@ -114,6 +114,11 @@ class Drawing:
         """The SVG text."""
         return svg_text(self.graph, self.layout, self.options.theme)
 
+    @cached_property
+    def inline_svg(self) -> str:
+        """The SVG text for a page that holds others, such as a notebook; shares no id or style."""
+        return inline_svg_text(self.graph, self.layout, self.options.theme)
+
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes the drawing to a file, whole or not at all.
 
@@ -126,7 +131,7 @@ class Drawing:
 
         Raises:
             ValueError: for another suffix.
-            EngineError: when no layout engine is installed; .dot and .html need none.
+            EngineError: when no layout engine is installed; only .svg, .png and .pdf need one.
         """
         suffix = files.suffix_of(path)
         return files.write_whole(path, self._content(suffix))
@@ -170,11 +175,17 @@ class Drawing:
         panels = [d for d in self.graph.graph["boxes"].values() if d["kind"] == "panel"]
         return " / ".join(f"{d['label']}: {d['note']}" for d in panels)
 
-    def _repr_svg_(self) -> str:
-        return self.svg
+    def _repr_svg_(self) -> str | None:
+        try:
+            return self.inline_svg
+        except EngineError:
+            return None
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
-        return {"image/svg+xml": self.svg, "text/plain": repr(self)}
+        try:
+            return {"image/svg+xml": self.inline_svg, "text/plain": repr(self)}
+        except EngineError as error:  # the notebook shows text then, and what to do about it
+            return {"text/plain": f"{self!r}\n{error}"}
 
     def __repr__(self) -> str:
         """Says what is drawn; lays nothing out."""

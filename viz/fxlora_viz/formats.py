@@ -8,6 +8,8 @@ from typing import Any
 
 import networkx as nx
 
+from fxlora_viz.names import clean
+
 # Node attributes worth reading elsewhere; widths and styles are ours alone.
 _FACTS = (
     "kind", "role", "site", "path", "state", "verdict", "requires_grad", "params", "matched",
@@ -141,7 +143,8 @@ def _said(value: Any) -> str:
     """Returns a fact as text; "" for one that is not known."""
     if isinstance(value, bool):
         return str(value).lower()
-    return "" if value is None or value == 0 else str(value)
+    # A path is the model's own word: it may hold what neither XML nor UTF-8 can.
+    return "" if value is None or value == 0 else clean(value, 1000)
 
 
 def _box_label(data: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import Any
 
 from torch.fx import GraphModule
@@ -24,10 +25,14 @@ def register() -> bool:
 
 
 def graph_svg(graph_module: Any) -> str | None:
-    """Returns the picture of a graph; None, which leaves the text, for one that is not fxlora's."""
+    """Returns the picture of a graph; None, which leaves the text, for one that is not fxlora's.
+
+    Where no picture can be had the text is left too, and a warning says what to do.
+    """
     if not isinstance(getattr(graph_module, "meta", {}).get(KEY), TraceInfo):
         return None
     try:
-        return draw(graph_module).svg
-    except (EngineError, TooLargeError):
+        return draw(graph_module).inline_svg
+    except (EngineError, TooLargeError) as error:
+        warnings.warn(f"shown as text: {error}", stacklevel=2)
         return None

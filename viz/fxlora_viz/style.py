@@ -1,10 +1,19 @@
-"""The style sheet of an SVG, light, dark, or following the reader's scheme."""
+"""The style sheet of an SVG: light, dark, or following the reader's scheme or the notebook's."""
 
 from __future__ import annotations
 
 import re
 
 from fxlora_viz import theme
+
+_COLOUR = re.compile("#[0-9A-F]{6}")
+# How a notebook says that it is light or dark, which need not be what the system is: JupyterLab
+# and nbconvert's pages, VS Code.
+_LIGHT_HOSTS = ('[data-jp-theme-light="true"]', ".vscode-light", ".vscode-high-contrast-light")
+_DARK_HOSTS = (
+    '[data-jp-theme-light="false"]', ".vscode-dark",
+    ".vscode-high-contrast:not(.vscode-high-contrast-light)",
+)  # fmt: skip
 
 
 def style_sheet(mode: str = "auto") -> str:
@@ -14,10 +23,34 @@ def style_sheet(mode: str = "auto") -> str:
         mode: "auto", "light" or "dark".
     """
     light = _rules()
-    dark = re.sub(r"#[0-9A-F]{6}", lambda m: theme.DARK[m.group()], light)
+    dark = _COLOUR.sub(lambda m: theme.DARK[m.group()], light)
     if mode == "dark":
         return dark
     return light if mode == "light" else f"{light}@media (prefers-color-scheme:dark){{{dark}}}"
+
+
+def inline_style_sheet(mode: str, name: str) -> str:
+    """Returns the CSS of a drawing that stands inside a notebook's page beside others.
+
+    Args:
+        mode: "auto" follows the notebook's theme where it says one, else the reader's scheme.
+        name: the class of this drawing alone, so that no rule reaches another one.
+    """
+    fits = f".{name}{{max-width:100%;height:auto}}"
+    if mode != "auto":
+        return fits + style_sheet(mode).replace(".fxlora ", f".{name} ")
+    rules = _rules().replace(".fxlora ", f".{name} ")
+    rules = _COLOUR.sub(lambda m: f"var(--fx{m.group()[1:]})", rules)
+    light = ";".join(f"--fx{c[1:]}:{c}" for c in theme.DARK)
+    dark = ";".join(f"--fx{c[1:]}:{d}" for c, d in theme.DARK.items())
+
+    def hosted(hosts: tuple[str, ...]) -> str:
+        return ",".join(f"{h} .{name}" for h in hosts)
+
+    return (
+        f"{fits}.{name}{{{light}}}@media (prefers-color-scheme:dark){{.{name}{{{dark}}}}}"
+        f"{hosted(_LIGHT_HOSTS)}{{{light}}}{hosted(_DARK_HOSTS)}{{{dark}}}{rules}"
+    )
 
 
 def _rules() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 from xml.sax.saxutils import escape, quoteattr
 
@@ -10,7 +11,7 @@ import networkx as nx
 from fxlora_viz import legend, metrics, theme
 from fxlora_viz.dot import box_texts, classes, edge_classes
 from fxlora_viz.layout import Layout, Point, Route
-from fxlora_viz.style import style_sheet
+from fxlora_viz.style import inline_style_sheet, style_sheet
 
 _PAD = 22.0
 
@@ -23,27 +24,48 @@ def svg_text(graph: nx.MultiDiGraph, layout: Layout, mode: str = "auto") -> str:
         layout: where everything goes.
         mode: "auto" follows the reader's colour scheme; "light" or "dark" is fixed.
     """
+    return _svg(graph, layout, mode, "")
+
+
+def inline_svg_text(graph: nx.MultiDiGraph, layout: Layout, mode: str = "auto") -> str:
+    """Returns the SVG for a page that holds others: no id and no rule of style is shared.
+
+    What the names end in comes from the drawing itself, so that the same input gives the same
+    bytes; two equal drawings in one page may share them.
+    """
+    plain = _svg(graph, layout, mode, "")
+    digest = hashlib.sha256(plain.encode("utf-8")).hexdigest()[:8]
+    return _svg(graph, layout, mode, f"_{digest}")
+
+
+def _svg(graph: nx.MultiDiGraph, layout: Layout, mode: str, tail: str) -> str:
+    """Returns the SVG; every id of it, and the class its rules hold for, ends in `tail`."""
+    style = inline_style_sheet(mode, f"fxlora{tail}") if tail else style_sheet(mode)
     key = legend.legend(graph, max(layout.width - 16, 260.0))
     width = max(layout.width, key.width) + 2 * _PAD
     height = layout.height + key.height + 2 * _PAD
     title, description = _words(graph)
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" class="fxlora" role="img" '
-        f'aria-labelledby="fx_title fx_desc" width="{_n(width)}" height="{_n(height)}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="fxlora{tail}" role="img" '
+        f'aria-labelledby="fx_title{tail} fx_desc{tail}" width="{_n(width)}" height="{_n(height)}" '
         f'viewBox="0 0 {_n(width)} {_n(height)}" font-family="{theme.FONT}">',
-        f'<title id="fx_title">{escape(title)}</title>',
-        f'<desc id="fx_desc">{escape(description)}</desc>',
-        f"<style>{style_sheet(mode)}</style>",
+        f'<title id="fx_title{tail}">{escape(title)}</title>',
+        f'<desc id="fx_desc{tail}">{escape(description)}</desc>',
+        f"<style>{style}</style>",
         # A ground of its own: dark text or light, the page below may be of the other kind.
         f'<rect class="fx_ground" width="{_n(width)}" height="{_n(height)}"/>',
         f'<g transform="translate({_n(_PAD)} {_n(_PAD)})">',
         *(
-            _box(box, data, layout.boxes[box])
+            _box(box + tail, data, layout.boxes[box])
             for box, data in graph.graph["boxes"].items()
             if box in layout.boxes
         ),
-        *_edges(graph, layout),
-        *(_node(n, d, layout.nodes[n]) for n, d in graph.nodes(data=True) if n in layout.nodes),
+        *_edges(graph, layout, tail),
+        *(
+            _node(n + tail, d, layout.nodes[n])
+            for n, d in graph.nodes(data=True)
+            if n in layout.nodes
+        ),
         *(
             _box_label(data, layout.boxes[box])
             for box, data in graph.graph["boxes"].items()
@@ -179,15 +201,15 @@ def _text(data: dict[str, Any], x: float, y: float) -> str:
 # ---- edges -----------------------------------------------------------------------------------
 
 
-def _edges(graph: nx.MultiDiGraph, layout: Layout) -> list[str]:
+def _edges(graph: nx.MultiDiGraph, layout: Layout, tail: str) -> list[str]:
     found = []
     for i, (u, v, data) in enumerate(graph.edges(data=True)):
         if i in layout.edges:
-            found.append(_edge(i, u, v, data, layout.edges[i]))
+            found.append(_edge(f"e{i}{tail}", u + tail, v + tail, data, layout.edges[i]))
     return found
 
 
-def _edge(i: int, u: str, v: str, data: dict[str, Any], route: Route) -> str:
+def _edge(name: str, u: str, v: str, data: dict[str, Any], route: Route) -> str:
     p = route.points
     curve = f"M{_n(p[0][0])},{_n(p[0][1])}C" + " ".join(f"{_n(x)},{_n(y)}" for x, y in p[1:])
     head = arrow_svg(p[-1], route.tip) if route.tip is not None else ""
@@ -203,7 +225,7 @@ def _edge(i: int, u: str, v: str, data: dict[str, Any], route: Route) -> str:
             escape(data["label"]),
         )
     return (
-        f'<g id="e{i}" class="{edge_classes(data)}" data-from="{u}" data-to="{v}">'
+        f'<g id="{name}" class="{edge_classes(data)}" data-from="{u}" data-to="{v}">'
         f'<path d="{curve}"/>{head}{label}</g>'
     )
 
