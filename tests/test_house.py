@@ -14,8 +14,9 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     ["errors", "text"],
     ["facts"],
-    ["trace.sizes", "trace.operators", "trace.regions", "trace.known", "trace.shell"],
+    ["trace.sizes", "trace.operators", "trace.regions", "trace.known", "trace.shell", "trace.bulk", "trace.lazy"],
     ["trace.arguments", "trace.paths", "trace.guards"],
+    ["trace.repeats"],
     ["trace.recorder"],
     ["trace.replay", "trace.examples"],
     ["trace.concrete", "trace.symbolic", "trace.modes"],

@@ -31,6 +31,7 @@ from fxlora.trace import arguments, known, sizes
 from fxlora.trace.guards import InputGuards
 from fxlora.trace.paths import Paths
 from fxlora.trace.recorder import Recorder, model_line
+from fxlora.trace.repeats import Recorded
 from fxlora.trace.replay import Replay
 from fxlora.trace.shell import device_of, is_leaf
 
@@ -129,7 +130,7 @@ def _record(
     stretch: bool,
 ) -> tuple[Recording, list[torch.Tensor]]:
     """Runs the model once, with a batch of one stretched to two or left; also returns the inputs."""
-    graph = Graph()
+    graph = Recorded()
     recorder = Recorder(model, graph, device_of(model))
     shape_env = _ShapeEnv(duck_shape=False, specialize_zero_one=False) if dynamic else None
     recorder.shape_env = shape_env
@@ -522,10 +523,9 @@ def _finish(graph: Graph, recorder: Recorder, out: Any) -> None:
     with torch._C.DisableTorchFunction():
         args = arguments.output_args(out, recorder.arg, call)
         graph.output(args).meta["module_stack"] = ()
-        _sweep(graph)
 
 
-def _sweep(graph: Graph) -> None:
+def sweep(graph: Graph) -> None:
     """Erases parts of tuples nobody asked for, and unused values that follow from sizes alone.
 
     Every other call stays, used or not: a random draw shifts the ones after it.

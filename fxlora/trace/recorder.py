@@ -267,12 +267,6 @@ class Recorder(TorchFunctionMode):
             for node in self._sharing.get(storage, ()):
                 self._known.writers.setdefault(node, []).append(writer)
 
-    def copied(self, new: dict[Node, Node]) -> None:
-        """Notes that the keys, nodes of this graph, were copied as the values."""
-        writers = self._known.writers
-        for old in [n for n in new if n in writers]:
-            writers[new[old]] = [new.get(w, w) for w in writers[old]]
-
     def _from_numpy(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Makes a tensor out of an array, which fx has no words for, a constant of the graph."""
         with self.hold():
