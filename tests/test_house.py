@@ -14,8 +14,16 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     ["errors", "text"],
     ["facts"],
-    ["trace.sizes", "trace.operators", "trace.regions", "trace.known", "trace.shell", "trace.bulk", "trace.lazy"],
-    ["trace.arguments", "trace.paths", "trace.guards"],
+    [
+        "trace.sizes",
+        "trace.operators",
+        "trace.regions",
+        "trace.known",
+        "trace.shell",
+        "trace.bulk",
+        "trace.lazy",
+    ],
+    ["trace.arguments", "trace.paths", "trace.guards", "trace.likeness"],
     ["trace.repeats"],
     ["trace.recorder"],
     ["trace.replay", "trace.examples"],

@@ -44,7 +44,8 @@ class LazyGraphModule(GraphModule):
         """The code of `forward`."""
         if "forward" not in vars(type(self)):
             self.recompile()
-        return self._code
+        made: str = self._code
+        return made
 
     def __str__(self) -> str:
         _ = self.code

@@ -79,7 +79,7 @@ def merge(now: Graph, mode: bool, other: Callable[[], Graph], taken: Container[s
 
 
 def _signature(node: Node) -> Any:
-    target = "" if node.op == "output" else node.target
+    target: Any = "" if node.op == "output" else node.target
     if isinstance(target, Rebuild):
         target = target.__name__  # each run made its own
     if isinstance(target, repeats.Repeat):

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from fxlora.errors import TraceError
 from fxlora.facts import Frame, Source
 from fxlora.trace import known, operators, sizes
+from fxlora.trace.likeness import Maker
 from fxlora.trace.regions import AutocastRegions, GradRegions
 
 _SKIP = (os.path.dirname(torch.__file__), os.path.dirname(os.path.dirname(__file__)))
@@ -63,12 +64,16 @@ class Recorder(TorchFunctionMode):
         graph: the graph to fill.
         device: the model's one device; a mention of it becomes the device of the first input, so
             the graph can move.
+        results: of the calls recorded before, in this run and the run in the other mode.
     """
 
-    def __init__(self, model: nn.Module, graph: Graph, device: torch.device | None) -> None:
+    def __init__(
+        self, model: nn.Module, graph: Graph, device: torch.device | None, results: Maker
+    ) -> None:
         super().__init__()
         self.model = model
         self.graph = graph
+        self.results = results
         self.size_nodes = sizes.SizeNodes(graph)
         self.stack: list[Frame] = []
         self.constants: dict[str, torch.Tensor] = {}
@@ -239,12 +244,20 @@ class Recorder(TorchFunctionMode):
         self.in_op += 1
         try:
             with self.hold():
-                out = operators.on_fakes(function)(*args, **kwargs)
+                with torch._C.DisableTorchFunction():
+                    key = self.results.key(function, args, kwargs, inputs, self.autocast.current)
+                    out = None if key is None else self.results.get(key)
+                again = out is not None
+                if not again:
+                    out = operators.on_fakes(function)(*args, **kwargs)
         finally:
             self.in_op -= 1
-        if self.shape_env is not None and len(self.shape_env.guards) > before:
+        if self._guarded(before):
             self.op_guards.append((before, len(self.shape_env.guards), name))
         changed = [t for t, v in zip(inputs, versions, strict=True) if t._version != v]
+        if key is not None and not again and not changed and not self._guarded(before):
+            with torch._C.DisableTorchFunction():
+                self.results.keep(key, out, inputs)
         results = list(tensors_in(out))
         if not results and not changed and not operators.has_effect(function):
             return out
@@ -260,6 +273,10 @@ class Recorder(TorchFunctionMode):
         out = self._fresh(out, inputs, changed)
         self._bind_results(out, node, inputs)
         return out
+
+    def _guarded(self, before: int) -> bool:
+        """Whether a condition on the sizes was added since there were `before`."""
+        return self.shape_env is not None and len(self.shape_env.guards) > before
 
     def _overwrite(self, changed: list[torch.Tensor], writer: Node) -> None:
         """Notes that an in-place call wrote into whatever shares memory with these tensors."""

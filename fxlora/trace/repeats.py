@@ -151,14 +151,14 @@ class _Writing:
         for node in self._old.nodes:
             target = node.target
             if isinstance(target, Repeat):
-                inputs = [top[n] for n in node.args]  # type: ignore[index]
+                inputs = [top[n] for n in node.args]
                 stack = node.meta["module_stack"]
                 results[node] = self._copy(
                     target.block, target.path, inputs, stack, target.frames, names[node]
                 )
             elif target is part:
                 repeat, index = node.args
-                top[node] = results[repeat][index]  # type: ignore[index]
+                top[node] = results[repeat][index]
             else:
                 args, kwargs = (map_arg(a, top.__getitem__) for a in (node.args, node.kwargs))
                 meta = dict(node.meta)
@@ -243,7 +243,7 @@ class _Writing:
                 results[node] = self._copy(
                     target.block, moved(target.path, old, path),
                     [new(n) for n in node.args],  # type: ignore[arg-type]
-                    stacks[before], {f: frames[g] for f, g in target.frames.items()}, called,
+                    stacks[before], {f: frames[g] for f, g in target.frames.items()}, called or [],
                 )  # fmt: skip
                 continue
             if target is part:

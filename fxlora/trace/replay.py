@@ -17,29 +17,14 @@ from unittest import mock
 
 import torch
 from torch import nn
-from torch._subclasses import FakeTensor
 from torch.fx import Node
 
 from fxlora.facts import Frame
 from fxlora.trace import sizes
+from fxlora.trace.likeness import HOOKS, PLAIN, Fresh, NotPlain, plain, tensor_key
 from fxlora.trace.paths import Paths
 from fxlora.trace.recorder import Recorder, tensors_in
 from fxlora.trace.repeats import Block, Repeat, moved, part
-
-_PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.layout, type)
-
-
-class _NotPlain(Exception):
-    """An argument or attribute whose equality says nothing about its behaviour."""
-
-
-class _Fresh(torch.autograd.Function):
-    """Gives a tensor a gradient without recording what it was computed from."""
-
-    @staticmethod
-    def forward(ctx: Any, like: torch.Tensor, made: list[torch.Tensor]) -> torch.Tensor:  # noqa: ARG004
-        """Returns the one tensor in `made`, as a function of `like`."""
-        return made.pop()
 
 
 @dataclass
@@ -59,18 +44,6 @@ class _Run:
     out: Any
     reads: list[tuple[int, str, Any]]
     mode_reads: list[str]
-
-
-def _size_key(size: Any) -> Any:
-    return size.node.expr if isinstance(size, torch.SymInt) else size
-
-
-def _tensor_key(t: torch.Tensor) -> tuple[Any, ...]:
-    strides: Any = t.stride() if t.layout is torch.strided else ()
-    shape: Any = t.shape
-    if isinstance(t, FakeTensor):
-        shape, strides = tuple(map(_size_key, shape)), tuple(map(_size_key, strides))
-    return (shape, strides, t.dtype, t.device, t.requires_grad, type(t))
 
 
 class Replay:
@@ -110,7 +83,7 @@ class Replay:
         try:
             with torch._C.DisableTorchFunction():
                 key = self._key(tree, args, kwargs, inputs)
-        except _NotPlain:
+        except NotPlain:
             return self._run(forward, module, path, args, kwargs)
         for run in self._runs.get(key, ()):
             if _same_reads(run, tree):
@@ -169,7 +142,7 @@ class Replay:
         same_node = tuple(nodes.setdefault(self._recorder.node_of(t), len(nodes)) for t in inputs)
         return (
             _structure(tree),
-            _plain((args, kwargs), numbers),
+            plain((args, kwargs), numbers),
             same_node,
             torch.is_grad_enabled(),
         )
@@ -192,9 +165,7 @@ class Replay:
                 return False
         return True
 
-    def _outs(
-        self, nodes: list[Node], inputs: list[torch.Tensor], out: Any
-    ) -> list[Node] | None:
+    def _outs(self, nodes: list[Node], inputs: list[torch.Tensor], out: Any) -> list[Node] | None:
         """Returns the nodes of a block's own results; None where they cannot be made again."""
         if not _is_rebuildable(out):
             return None
@@ -244,7 +215,7 @@ class Replay:
                     # The memory is that of the run; nothing known follows from what is in it.
                     fresh = value.data
                     if value.requires_grad:
-                        fresh = _Fresh.apply(value, [fresh])
+                        fresh = Fresh.apply(value, [fresh])  # type: ignore[no-untyped-call]
                 self._recorder.bind(fresh, parts[self._recorder.node_of(value)])
                 same[id(value)] = fresh
             return same[id(value)]
@@ -271,27 +242,7 @@ def _is_rebuildable(value: Any) -> bool:
         return all(_is_rebuildable(v) for v in value.values())
     if isinstance(value, (list, tuple)):
         return all(_is_rebuildable(v) for v in value)
-    return isinstance(value, (torch.Tensor, *_PLAIN)) or sizes.is_symbolic(value)
-
-
-def _plain(value: Any, numbers: dict[int, int]) -> Any:
-    """Returns a hashable image of an argument; raises `_NotPlain` where there is none."""
-    if isinstance(value, torch.Tensor):
-        return ("tensor", numbers[id(value)], _tensor_key(value))
-    if sizes.is_symbolic(value):
-        return ("size", value.node.expr)
-    if isinstance(value, _PLAIN):
-        return (type(value), value)
-    if isinstance(value, (list, tuple)):
-        return (type(value), tuple(_plain(v, numbers) for v in value))
-    if isinstance(value, dict):
-        return (type(value), tuple((k, _plain(v, numbers)) for k, v in value.items()))
-    raise _NotPlain
-
-
-_HOOKS = (
-    "_forward_hooks _forward_pre_hooks _backward_hooks _backward_pre_hooks _state_dict_hooks"
-).split()
+    return isinstance(value, (torch.Tensor, *PLAIN)) or sizes.is_symbolic(value)
 
 
 def _tree(module: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -314,10 +265,10 @@ def _structure(tree: list[tuple[str, nn.Module]]) -> Any:
     out = []
     for name, m in tree:
         own = m.__dict__
-        if any(own.get(h) for h in _HOOKS[:4]):
-            raise _NotPlain
+        if any(own.get(h) for h in HOOKS):
+            raise NotPlain
         tensors = tuple(
-            (k, None if t is None else (seen.setdefault(id(t), len(seen)), _tensor_key(t)))
+            (k, None if t is None else (seen.setdefault(id(t), len(seen)), tensor_key(t)))
             for d in (own["_parameters"], own["_buffers"])
             for k, t in d.items()
         )
@@ -335,7 +286,9 @@ def _state(module: nn.Module) -> Any:
     ]
 
 
-_NOT_SETTINGS = frozenset(("_parameters", "_buffers", "_modules", "training", *_HOOKS))
+_NOT_SETTINGS = frozenset(
+    ("_parameters", "_buffers", "_modules", "training", *HOOKS, "_state_dict_hooks")
+)
 
 
 class _Watch:
@@ -392,7 +345,7 @@ def _same(a: Any, b: Any) -> bool:
         return len(a) == len(b) and all(map(_same, a, b))
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
-    if isinstance(a, (set, frozenset, *_PLAIN)):
+    if isinstance(a, (set, frozenset, *PLAIN)):
         return bool(a == b)
     # The same bound method of the matching module, or an equal object of a class that says so.
     return False

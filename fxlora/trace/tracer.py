@@ -98,9 +98,13 @@ def _concrete(
 ) -> GraphModule:
     mode = bool(model.training)
 
-    def record(mode: bool, dynamic: bool) -> concrete.Recording:
+    def record(
+        mode: bool, dynamic: bool, like: concrete.Recording | None = None
+    ) -> concrete.Recording:
         with torch.inference_mode(False):  # inference tensors keep no versions
-            return concrete.record(model, args, kwargs, mode=mode, dynamic=dynamic, replay=replay)
+            return concrete.record(
+                model, args, kwargs, mode=mode, dynamic=dynamic, replay=replay, like=like
+            )
 
     now, mode, dynamic, notes = _first(record, mode, dynamic)
     merged = modes.Merged()
@@ -108,7 +112,7 @@ def _concrete(
         merged = modes.Merged(mode=False, reason=f": {notes[-1]}")
     elif now.mode_reads:
         merged = modes.merge(
-            now.graph, mode, lambda: record(not mode, dynamic).graph, module_types(model)
+            now.graph, mode, lambda: record(not mode, dynamic, now).graph, module_types(model)
         )
     if merged.mode is not None:
         _check_one_mode(model, now.mode_reads, merged.reason)
