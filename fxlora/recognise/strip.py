@@ -29,7 +29,7 @@ from fxlora.recognise.reading import (
     name_of,
 )
 from fxlora.recognise.rows import INTO_ROWS, PARTS, sides
-from fxlora.rewrite import copy_graph
+from fxlora.trace.bulk import copy_graph
 from fxlora.trace.shell import shell
 from fxlora.trace.tracer import graph_module
 
