@@ -31,7 +31,7 @@ const TERMS = [
   ["-norm", "without; several terms must all hold"],
 ];
 function buildHelp() {
-  const table = (title, pairs, tag) => el("section", {}, el("h3", {}, title), el("dl", {}, ...pairs.flatMap(([k, v]) => [el("dt", {}, el(tag, {}, k)), el("dd", {}, v)])));
+  const table = (title, pairs, tag) => el("section", {}, el("h3", {}, title), el("dl", {}, ...pairs.flatMap(([k, v]) => [el("dt", {}, ...k.split("  ").map((part) => el(tag, {}, part))), el("dd", {}, v)])));
   const legend = svg("svg", { class: "fxlora", width: DATA.legend.width + 16, height: DATA.legend.height + 8, viewBox: `-4 -4 ${DATA.legend.width + 16} ${DATA.legend.height + 8}`, "font-family": M.font });
   const shape = legendShape();
   if (shape) legend.append(shape);

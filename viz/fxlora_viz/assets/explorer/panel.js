@@ -9,7 +9,8 @@ const pill = (text, style) => el("span", { class: `pill ${style}` }, text);
 const row = (name, ...value) => (value.some((v) => v !== "" && v !== null && v !== undefined) ? [el("dt", {}, name), el("dd", {}, ...value)] : []);
 const section = (title, ...content) => (content.flat().length ? [el("h3", {}, title), ...content.flat()] : []);
 const facts = (...pairs) => (pairs.flat().length ? [el("dl", {}, ...pairs.flat())] : []);
-const code = (text) => el("code", {}, short(text, 600));
+// A long name may break after its dots.
+const code = (text) => el("code", {}, ...short(text, 600).split(/(?<=\.)/).flatMap((part) => [part, el("wbr")]));
 function header(title, path, ...pills) {
   return [
     el("header", {}, el("h2", {}, short(title, 160)), el("p", { class: "pills" }, ...pills.filter(Boolean)),
@@ -46,15 +47,17 @@ function ofNode(n) {
     parentBox(n.id),
   ].filter(Boolean);
 }
-function parentBox(id) {
+function parentBox(id, ...more) {
   const parent = boxes.get(parentOf(id));
-  return parent && parent.kind !== "panel" ? el("p", { class: "do" }, el("button", { type: "button", onclick: () => select(parent.id) }, `In ${short(titleOf(parent.id), 40)}`), el("button", { type: "button", onclick: () => toggle(parent.id) }, "Close it")) : null;
+  const around = parent && parent.kind !== "panel" ? [el("button", { type: "button", onclick: () => select(parent.id) }, `In ${short(titleOf(parent.id), 40)}`)] : [];
+  if (around.length && !more.length) around.push(el("button", { type: "button", onclick: () => toggle(parent.id) }, "Close it"));
+  return around.length || more.length ? el("p", { class: "do" }, ...more, ...around) : null;
 }
 // Which block of a fold gives the names, for whatever stands inside one.
 function layerPicker(id) {
   const around = [boxes.get(id), ...ancestors(id)].filter((b) => b && b.kind === "fold" && (b.members || []).length > 1);
   return around.map((b) => {
-    const pick = el("select", { "aria-label": `Show layer of ${short(b.label, 60)}`, onchange: (e) => setLayer(b.key, Number(e.target.value)) }, ...b.members.map((m, i) => el("option", { value: i, selected: i === (state.layers.get(b.key) || 0) }, short(m, 70))));
+    const pick = el("select", { "aria-label": `Show layer of ${short(b.label, 60)}`, onchange: (e) => setLayer(b.key, Number(e.target.value)) }, ...b.members.map((m, i) => el("option", { value: i, selected: i === (state.layers.get(b.key) || 0) }, short(m.split(".").slice(-2).join("."), 60))));
     const step = (by) => el("button", { type: "button", class: "tiny", "aria-label": by < 0 ? "Layer before" : "Next layer", onclick: () => setLayer(b.key, (state.layers.get(b.key) || 0) + by) }, by < 0 ? "‹" : "›");
     return el("p", { class: "layer" }, el("span", {}, `Show layer`), step(-1), pick, step(1), el("span", { class: "dim" }, `of ${b.members.length}`));
   });
@@ -88,7 +91,7 @@ function weights(n) {
   const list_ = (n.weights || []).slice(0, 40).map((i) => {
     const p = DATA.parameters[i];
     return el("li", {}, el("button", { type: "button", class: "weight", onclick: () => showRow(i), title: "Show in the table" },
-      el("code", {}, short(named(p.name), 200)),
+      code(short(named(p.name), 200)),
       el("span", { class: "dim" }, `${p.shape} · ${p.dtype}${p.count > 1 ? ` · × ${p.count}` : ""} · ${p.flags[PANELS.indexOf(n.panel)] || "absent"}${p.tied ? ` · tied to ${short(named(p.tied), 80)}` : ""}`)));
   });
   return list_.length ? section("Parameters", [el("ul", { class: "weights" }, ...list_)]) : [];
@@ -116,8 +119,7 @@ function ofBox(b) {
       row("Changed", TWO ? counts : ""),
     ),
     ...(b.kind === "site" ? adapters(b.path) : []),
-    el("p", { class: "do" }, el("button", { type: "button", onclick: () => toggle(b.id) }, isClosed(b) ? "Open" : "Close"), el("button", { type: "button", onclick: () => only(b.id) }, "Close all others")),
-    parentBox(b.id),
+    parentBox(b.id, el("button", { type: "button", onclick: () => toggle(b.id) }, isClosed(b) ? "Open" : "Close"), el("button", { type: "button", onclick: () => only(b.id) }, "Close all others")),
   ].filter(Boolean);
 }
 const share = (part, whole) => (whole ? `${((100 * part) / whole).toPrecision(3)} %` : "");
@@ -129,7 +131,7 @@ function ofSheet() {
     row("Drawn", plural(DATA.nodes.filter((n) => n.panel === b.panel).length, "node")),
   )]);
   const counts = new Map();
-  for (const n of DATA.nodes) if (n.change) counts.set(n.change, (counts.get(n.change) || 0) + 1);
+  for (const n of DATA.nodes) if (n.change && (n.panel === LAST || n.change === "removed")) counts.set(n.change, (counts.get(n.change) || 0) + 1);
   const changes = [...counts].map(([c, k]) => el("button", { type: "button", class: "link", onclick: () => setQuery(`change:${c}`) }, `${k} ${CHANGES[c] || c}`));
   return [
     el("header", {}, el("h2", {}, "This sheet")),

@@ -88,14 +88,13 @@ function nodeShape(n, x, y) {
 // A closed module is a node with the sign that opens it; a fold keeps its cards.
 function closedShape(b, x, y) {
   const { w, h, title, lines, hot } = b.closed;
-  const style = b.kind === "site" ? "site" : hot ? "trainable" : b.params ? "frozen" : "op";
-  const g = svg("g", { id: b.id, class: "fx fx_closed" }, svg("title", {}, `${named(b.path)}\nclosed: Enter or double-click opens it`));
+  const style = b.kind === "site" ? "site fx_label_site" : hot ? "trainable" : b.params ? "frozen" : "op";
+  const g = svg("g", { id: b.id, class: `fx fx_closed fx_${style}` }, svg("title", {}, `${named(b.path)}\nclosed: Enter or double-click opens it`));
   if (b.kind === "fold") {
     const card = (by) => svg("rect", { class: "s c", x: r1(x - w / 2 + by), y: r1(y - h / 2 + by), width: r1(w), height: r1(h), rx: 9 });
     g.append(svg("g", { class: "fx_fold" }, card(2 * M.shadow), card(M.shadow)));
   }
-  const label = b.kind === "site" ? " fx_label_site" : "";
-  g.append(svg("g", { class: `fx_${style}${label}` }, outline("box", x, y, w, h), ...words(title, lines, "box", false, x, y, 7)));
+  g.append(outline("box", x, y, w, h), ...words(title, lines, "box", false, x, y, 7));
   const wide = textWidth(title, M.title, true);
   g.append(chevron(x + 7 - wide / 2 - 9, y - (13.5 * lines.length) / 2, true, b.id));
   return g;
@@ -132,9 +131,10 @@ function changesOf(id) {
 function badge(id, x, y) {
   const counts = changesOf(id);
   if (!counts.size) return [];
-  const said = [...counts].map(([c, k]) => (nodes.has(id) ? SIGNS[c] || CHANGES[c] : `${SIGNS[c] || `${CHANGES[c]} `}${k}`)).join("  ");
+  const order = ["added", "removed", "changed"].filter((c) => counts.has(c)).concat([...counts.keys()].filter((c) => !SIGNS[c]));
+  const said = order.map((c) => (nodes.has(id) ? SIGNS[c] || CHANGES[c] : SIGNS[c] ? `${SIGNS[c]}${counts.get(c)}` : `${counts.get(c)} ${CHANGES[c] || c}`)).join(" · ");
   const { w, h } = nodes.has(id) ? nodes.get(id) : boxes.get(id).closed;
-  const first = counts.keys().next().value;
+  const [first] = order;
   const wide = textWidth(said, 9, true) + 10;
   const left = Math.min(x + w / 2 - wide + 6, x + w / 2 - 4);
   const top = y - h / 2 - 7;

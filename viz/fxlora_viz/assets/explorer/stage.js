@@ -29,7 +29,7 @@ function adopt(root, still) {
     labels[i].prepend(chevron(frame.x + inset - 8.5, frame.y + top - 0.35 * M.labels[box.kind], false, g.id));
   });
   for (const g of sheet.querySelectorAll(":scope > .fx")) {
-    const own = g.querySelector(":scope > .s, :scope > g > .s:not(.c)");
+    const own = g.querySelector(":scope > .s");
     if (own) found.rects.set(g.id, geometry(own));
   }
   // What is found glows from behind, what is selected is framed in front.
