@@ -42,7 +42,10 @@ function copyOld(text) {
   if (back) back.focus();
   return done;
 }
-const copySvg = () => copyText(standalone(), `picture as SVG (${Math.ceil(standalone().length / 1024)} kB)`);
+function copySvg() {
+  const text = standalone();
+  return copyText(text, `picture as SVG (${Math.ceil(text.length / 1024)} kB)`);
+}
 function saveSvg() {
   const url = URL.createObjectURL(new Blob([standalone()], { type: "image/svg+xml" }));
   el("a", { href: url, download: "fxlora.svg" }).click();

@@ -6,6 +6,7 @@ const PANELS = DATA.panels;
 const LAST = PANELS[PANELS.length - 1];
 const TWO = PANELS.length > 1;
 const LR = DATA.direction === "LR";
+for (const n of DATA.nodes) n.title = n.title || ""; // an empty value is not written
 const nodes = new Map(DATA.nodes.map((n) => [n.id, n]));
 const boxes = new Map(DATA.boxes.map((b) => [b.id, b]));
 const boxesOf = new Map(); // key -> the boxes of all panels that have it

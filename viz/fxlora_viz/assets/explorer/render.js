@@ -16,10 +16,9 @@ function picture(view, layout) {
   for (const id of view.drawn.keys()) {
     if (!layout.nodes.has(id)) continue;
     const [x, y] = layout.nodes.get(id);
-    const g = nodes.has(id) ? nodeShape(nodes.get(id), x, y) : closedShape(boxes.get(id), x, y);
-    if (view.mode === "diff") g.append(...badge(id, x, y));
-    sheet.append(g);
+    sheet.append(nodes.has(id) ? nodeShape(nodes.get(id), x, y) : closedShape(boxes.get(id), x, y));
   }
+  if (view.mode === "diff") for (const [id, at] of layout.nodes) sheet.append(...badge(id, ...at));
   sheet.append(...laid.map((b) => boxLabel(b, layout.boxes.get(b.id))));
   const legend = legendShape();
   if (legend) sheet.append(svg("g", { class: "fx_legend", transform: `translate(8 ${r1(layout.height + 14)})` }, legend));
@@ -89,7 +88,7 @@ function nodeShape(n, x, y) {
 function closedShape(b, x, y) {
   const { w, h, title, lines, hot } = b.closed;
   const style = b.kind === "site" ? "site fx_label_site" : hot ? "trainable" : b.params ? "frozen" : "op";
-  const g = svg("g", { id: b.id, class: `fx fx_closed fx_${style}` }, svg("title", {}, `${named(b.path)}\nclosed: Enter or double-click opens it`));
+  const g = svg("g", { id: b.id, class: `fx fx_closed fx_${style}` }, svg("title", {}, `${b.path}\nclosed: Enter or double-click opens it`));
   if (b.kind === "fold") {
     const card = (by) => svg("rect", { class: "s c", x: r1(x - w / 2 + by), y: r1(y - h / 2 + by), width: r1(w), height: r1(h), rx: 9 });
     g.append(svg("g", { class: "fx_fold" }, card(2 * M.shadow), card(M.shadow)));
@@ -138,5 +137,5 @@ function badge(id, x, y) {
   const wide = textWidth(said, 9, true) + 10;
   const left = Math.min(x + w / 2 - wide + 6, x + w / 2 - 4);
   const top = y - h / 2 - 7;
-  return [svg("g", { class: `badge badge_${first}` }, svg("rect", { x: r1(left), y: r1(top), width: r1(wide), height: 14, rx: 7 }), textLine("m", left + wide / 2, top + 10.2, 9, said))];
+  return [svg("g", { class: `badge badge_${first}`, "data-of": id }, svg("rect", { x: r1(left), y: r1(top), width: r1(wide), height: 14, rx: 7 }), textLine("m", left + wide / 2, top + 10.2, 9, said))];
 }

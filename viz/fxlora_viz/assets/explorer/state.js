@@ -44,8 +44,12 @@ function named(name) {
 }
 
 // ---- links ----
-const told = (key) => (key.startsWith("box:") ? key.slice(4) : key);
-const keyOf = (text) => [`box:${text}`, text, `site:${text}`].find((k) => boxesOf.has(k) && k !== "panel");
+// A box goes by its path; where that is no text an address can hold, by its identifier.
+function told(key) {
+  if (plain(key) !== key) return boxesOf.get(key)[0].id;
+  return key.startsWith("box:") ? key.slice(4) : key;
+}
+const keyOf = (text) => boxes.has(text) && boxes.get(text).kind !== "panel" ? boxes.get(text).key : [`box:${text}`, text, `site:${text}`].find((k) => boxesOf.has(k) && k !== "panel");
 function findThing(text) {
   if (nodes.has(text) || (boxes.has(text) && boxes.get(text).kind !== "panel")) return text;
   for (const panel of [...PANELS].reverse()) {
@@ -59,7 +63,7 @@ function findThing(text) {
 }
 function nameOf(id) {
   const key = nodes.has(id) ? nodes.get(id).key : told(boxes.get(id).key);
-  return findThing(key) === id ? key : id;
+  return plain(key) === key && findThing(key) === id ? key : id;
 }
 const list = (keys) => keys.map((k) => encodeURIComponent(told(k))).join(",");
 function toHash() {
@@ -74,7 +78,7 @@ function toHash() {
   }
   if (state.mode !== START) parts.push(`mode=${state.mode}`);
   for (const [key, k] of state.layers) if (k) parts.push(`layer=${encodeURIComponent(told(key))}~${k}`);
-  if (state.query) parts.push(`q=${encodeURIComponent(state.query)}`);
+  if (state.query) parts.push(`q=${encodeURIComponent(plain(state.query))}`);
   if (state.chips.size) parts.push(`show=${[...state.chips].join(",")}`);
   if (state.table) parts.push("table=1");
   return parts.length ? `#${parts.join("&")}` : "";

@@ -110,7 +110,12 @@ function drawRows() {
   const on = chosenRows();
   current = Math.min(current, Math.max(0, listed.length - 1));
   const focused = body.contains(document.activeElement) && document.activeElement.dataset.i;
-  const space = (n) => (n > 0 ? [el("tr", { class: "space", "aria-hidden": "true", style: null }, el("td", { colspan: COLUMNS.length, height: n * HIGH }))] : []);
+  const space = (n) => {
+    if (n <= 0) return [];
+    const cell = el("td", { colspan: COLUMNS.length });
+    cell.style.height = `${n * HIGH}px`;
+    return [el("tr", { class: "space", "aria-hidden": "true" }, cell)];
+  };
   const built = listed.slice(from, upto).map((i, k) => {
     const p = DATA.parameters[i];
     const cells = COLUMNS.map((c) => {
