@@ -53,9 +53,12 @@ def page(
 
 
 def script() -> str:
-    """Returns the page's own script, of all its files."""
-    files = [_asset("explorer", f"{name}.js") for name in SCRIPTS]
-    return '"use strict";\n(() => {\n' + "\n".join(files) + "})();\n"
+    """Returns the page's own script, of all its files, without what only its authors read."""
+    lines = [
+        line.strip() for name in SCRIPTS for line in _asset("explorer", f"{name}.js").splitlines()
+    ]
+    kept = [line for line in lines if line and not line.startswith("//")]
+    return '"use strict";\n(() => {\n' + "\n".join(kept) + "\n})();\n"
 
 
 def embedded(data: Any) -> str:

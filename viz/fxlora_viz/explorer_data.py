@@ -19,7 +19,6 @@ from fxlora_viz.picture import Item, Panel
 from fxlora_viz.style import style_sheet
 from fxlora_viz.verdicts import Verdicts
 
-_CHEVRON = "     "  # room beside a box's name for the sign that closes it
 _NAME = 2000  # letters of a name the page keeps
 
 
@@ -68,7 +67,7 @@ class _Data:
         self._last = self._instances[self._names[-1]]
         self._parameters = Parameters(sheet.graphs, [self._instances[n] for n in self._names])
         self._verdicts = Verdicts(sheet.graphs[-1], self._last)
-        self._writer = Writer(_with_room(graph), bare=True, mirrored=direction == "LR")
+        self._writer = Writer(graph, bare=True, mirrored=direction == "LR")
 
     def all(self, mode: str) -> dict[str, Any]:
         """Returns everything."""
@@ -234,7 +233,7 @@ def _mark_changes(nodes: list[dict[str, Any]], names: list[str]) -> None:
 def _edge(u: str, v: str, data: dict[str, Any]) -> list[Any]:
     return [
         u, v, data["style"], int(data["dashed"]), int(bool(data["grad"])), data["label"],
-        data["weight"], data["minlen"],
+        data["weight"], data["minlen"], int(data["far"]),
     ]  # fmt: skip
 
 
@@ -249,13 +248,3 @@ def _measures() -> dict[str, Any]:
 def _legend(graph: nx.MultiDiGraph) -> dict[str, Any]:
     found = legend(graph, 620.0)
     return {"svg": found.svg, "width": round(found.width, 1), "height": round(found.height, 1)}
-
-
-def _with_room(graph: nx.MultiDiGraph) -> nx.MultiDiGraph:
-    """Returns a view whose boxes' names are wider by the sign that opens and closes them."""
-    copy = graph.copy()
-    copy.graph["boxes"] = {
-        box: d if d["kind"] == "panel" else {**d, "label": d["label"] + _CHEVRON}
-        for box, d in graph.graph["boxes"].items()
-    }
-    return copy
