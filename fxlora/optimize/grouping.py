@@ -96,7 +96,9 @@ class _Group(torch.autograd.Function):
                 one, (weight, a, b) = ctx.plan[i], rest[3 * i : 3 * i + 3]
                 mask = masks.pop() if one.p else None
                 site = _SiteGrad(wide, grads[i], weight, a, b, one, mask, ctx.compute)
-                found[4 * i + 2], found[4 * i + 3] = site.adapters(ctx.needs_input_grad[2 + 4 * i :])
+                found[4 * i + 2], found[4 * i + 3] = site.adapters(
+                    ctx.needs_input_grad[2 + 4 * i :]
+                )
                 if ctx.needs_input_grad[0]:
                     for more in site.inputs():
                         total = more if total is None else total + more
@@ -123,7 +125,9 @@ class _SiteGrad:
             # The division of ones and zeros, as in the forward pass, bit for bit.
             flat = mask.reshape(x.shape).to(a.dtype)
             self._noise = flat.div_(1 - one.p)
-        self._out = (self._grad.to(compute) if one.scaling == 1 else self._grad.to(compute) * one.scaling)
+        self._out = (
+            self._grad.to(compute) if one.scaling == 1 else self._grad.to(compute) * one.scaling
+        )
         self._inner = self._out @ b.to(compute)
 
     def adapters(self, needed: Sequence[bool]) -> tuple[Any, Any]:
