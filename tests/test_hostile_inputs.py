@@ -478,11 +478,6 @@ class TestModuleProtocol:
         parts = nn.ModuleDict({"a-b": nn.Linear(4, 4), "1": nn.Linear(4, 4)})
         law(Has(lambda m, x: m.d["1"](m.d["a-b"](x)), d=parts), X, Y)
 
-    @pytest.mark.xfail(strict=True, reason="torch.fx writes `self.d.for`")
-    def test_a_module_name_that_is_a_keyword_of_python(self) -> None:
-        parts = nn.ModuleDict({"for": nn.Linear(4, 4)})
-        law(Has(lambda m, x: m.d["for"](x), d=parts), X, Y)
-
     def test_a_module_named_like_a_method_of_ours(self) -> None:
         parts = nn.ModuleDict({"lora_A": nn.Linear(4, 4), "_guards": nn.Linear(4, 4)})
         law(Has(lambda m, x: m.d["_guards"](m.d["lora_A"](x)), d=parts), X, Y)
@@ -1233,3 +1228,22 @@ class TestErrors:
         traced = fxlora.trace(model, (Y,))
         with pytest.raises(GuardError, match=r"x\.size\(0\)=2.*> 3.*[Tt]race"):
             traced(X)
+
+
+@pytest.mark.parametrize(
+    "name", ['q"x', "q\\x", "q\nx", "class", 'a"); raise SystemExit; ("', "\ud800"]
+)
+@pytest.mark.parametrize("args", [(), (torch.ones(1, 2),)], ids=["symbolic", "concrete"])
+def test_a_name_that_is_no_name_in_code_is_refused(name: str, args: Any) -> None:
+    model = nn.Sequential()
+    model.add_module(name, nn.Linear(2, 2))
+    with pytest.raises(fxlora.TraceError, match="rename it"):
+        fxlora.trace(model, args)
+
+
+@pytest.mark.parametrize("name", ["q'x", "q x", "é", "0", "print"])
+def test_an_odd_name_that_can_be_quoted_is_traced(name: str) -> None:
+    model = nn.Sequential()
+    model.add_module(name, nn.Linear(2, 2))
+    x = torch.ones(1, 2)
+    assert torch.equal(fxlora.trace(model)(x), model(x))

@@ -150,8 +150,15 @@ class Maker:
         memory = out.untyped_storage()._cdata
         if any(t.untyped_storage()._cdata == memory for t in inputs):
             return
+        if not all(map(_is_known, (*out.shape, *out.stride()))):
+            return
         shape, strides = (tuple(map(_kept_size, s)) for s in (out.shape, out.stride()))
         self._results[key] = _Result(shape, strides, out.dtype, out.fake_device, out.requires_grad)
+
+
+def _is_known(size: Any) -> bool:
+    # A size that depends on values (`nonzero`) is another one at every call.
+    return not isinstance(size, torch.SymInt) or size.node.hint is not None
 
 
 def _kept_size(size: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 from collections.abc import Callable
 from typing import Any
 
@@ -67,12 +68,26 @@ def trace(
                 f"{type(model).__name__} has a child called {name!r}, a property of every "
                 "GraphModule; rename it"
             )
+    _check_names(model)
     kwargs = dict(kwargs or {})
     if not args and not kwargs:
         if not examples.is_transformers(model):
             return _symbolic(model)
         kwargs = examples.inputs(model)
     return _concrete(model, tuple(args), kwargs, dynamic=dynamic, replay=replay)
+
+
+def _check_names(model: nn.Module) -> None:
+    """Refuses names that torch.fx would write into a graph's code as something else than a name."""
+    for path, module in model.named_modules():
+        for name in (*module._modules, *module._parameters, *module._buffers):
+            plain = name.isprintable() and '"' not in name and "\\" not in name
+            if not plain or keyword.iskeyword(name):
+                kind = "a word of Python's own" if plain else "no text torch.fx can quote"
+                raise TraceError(
+                    f"{path or type(model).__name__!r} has a child or parameter called {name!r}, "
+                    f"{kind}: the code of a graph could not name it; rename it"
+                )
 
 
 def _symbolic(model: nn.Module) -> GraphModule:
