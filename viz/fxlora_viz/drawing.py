@@ -216,7 +216,8 @@ def draw(
     count = sum(len(p.items) for p in panels)
     if count > chosen.max_nodes:
         raise TooLargeError(_too_large(count, chosen))
-    return Drawing(view(panels), chosen, Sheet(tuple(graphs), tuple(whole), tuple(panels)))
+    sheet = Sheet(tuple(graphs), tuple(whole), tuple(panels), marks[-1].effects)
+    return Drawing(view(panels), chosen, sheet)
 
 
 def _options(options: Options | None, changes: dict[str, Any]) -> Options:
