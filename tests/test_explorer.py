@@ -374,6 +374,42 @@ def test_a_difference_shows_what_was_taken_away_where_it_stood(
     at.close()
 
 
+# ---- pointer -----------------------------------------------------------------------------------
+
+
+@needs_engine
+def test_wheel_drag_and_pinch_move_the_picture_and_a_drag_selects_nothing(visit: Any) -> None:
+    at = visit("walls", has_touch=True)
+
+    def camera() -> list[float]:
+        at.page.wait_for_timeout(60)
+        text = at.page.get_attribute("#still svg", "viewBox")
+        return [float(v) for v in str(text).split()]
+
+    first = camera()
+    at.page.mouse.move(600, 400)
+    at.page.mouse.wheel(0, -200)
+    near = camera()
+    assert near[2] < first[2]
+    at.page.mouse.down()
+    at.page.mouse.move(700, 450, steps=4)
+    at.page.mouse.up()
+    moved = camera()
+    assert (moved[0] < near[0], moved[1] < near[1], moved[2]) == (True, True, near[2])
+    assert at.hash == ""
+    touch = at.context.new_cdp_session(at.page)
+
+    def fingers(kind: str, *xs: int) -> None:
+        points = [{"x": x, "y": 400, "id": i} for i, x in enumerate(xs)]
+        touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+
+    fingers("touchStart", 550, 650)
+    fingers("touchMove", 500, 700)
+    fingers("touchMove", 450, 750)
+    fingers("touchEnd")
+    assert camera()[2] < 0.6 * moved[2]
+
+
 # ---- search and filters --------------------------------------------------------------------------
 
 

@@ -131,6 +131,13 @@ function pan(dx, dy) {
   untouched = false;
   place();
 }
+function inSight(id) {
+  const r = rectOf(id);
+  if (!r) return false;
+  const { w, h } = size();
+  const s = toScreen(r);
+  return s.x + s.w > 0 && s.y + s.h > 0 && s.x < w && s.y < h;
+}
 // Brings something into sight, large enough to read, and no nearer than it takes.
 function reveal(id, readable) {
   const r = rectOf(id);
