@@ -374,6 +374,45 @@ def test_a_difference_shows_what_was_taken_away_where_it_stood(
     at.close()
 
 
+# ---- pointer -----------------------------------------------------------------------------------
+
+
+@needs_engine
+def test_wheel_drag_and_pinch_move_the_picture_and_a_drag_selects_nothing(visit: Any) -> None:
+    at = visit("walls", has_touch=True)
+
+    def camera() -> list[float]:
+        at.page.wait_for_timeout(60)
+        text = at.page.get_attribute("#still svg", "viewBox")
+        return [float(v) for v in str(text).split()]
+
+    first = camera()
+    at.page.mouse.move(600, 400)
+    at.page.mouse.wheel(0, -200)
+    near = camera()
+    assert near[2] < first[2]
+    at.page.mouse.down()
+    at.page.mouse.move(1100, 450, steps=8)  # beyond the stage, and it still moves
+    at.page.mouse.up()
+    moved = camera()
+    scale = near[2] / at.page.evaluate("document.getElementById('stage').clientWidth")
+    assert moved[2] == near[2]
+    assert near[0] - moved[0] == pytest.approx(500 * scale, abs=1)
+    assert near[1] - moved[1] == pytest.approx(50 * scale, abs=1)
+    assert at.hash == ""
+    touch = at.context.new_cdp_session(at.page)
+
+    def fingers(kind: str, *xs: int) -> None:
+        points = [{"x": x, "y": 400, "id": i} for i, x in enumerate(xs)]
+        touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+
+    fingers("touchStart", 550, 650)
+    fingers("touchMove", 500, 700)
+    fingers("touchMove", 450, 750)
+    fingers("touchEnd")
+    assert camera()[2] < 0.6 * moved[2]
+
+
 # ---- search and filters --------------------------------------------------------------------------
 
 
@@ -382,7 +421,7 @@ def test_a_difference_shows_what_was_taken_away_where_it_stood(
     ("term", "count"),
     [
         ("read_past", 6), ("READ_PAST", 6), ('"read_past.w"', 2), ("/^live$/", 5), ("op:relu", 2),
-        ("op:nothing", 0), ("lora_A rank:4", 6), ("rank:5", 0), ("verdict:bypassed", 3), ("lora_A", 6),
+        ("op:nothing", 0), ("lora_A rank:4", 6), ("rank:5", 0), ("lora_A alpha:16", 6), ("alpha:1", 0), ("verdict:bypassed", 3), ("lora_A", 6),
         ("lora_A verdict:inert", 1), ("lora_A -verdict:inert", 5), ("change:added", 17),
         ("/(a/", None), ("no:such field", 0),
     ],
@@ -721,7 +760,9 @@ def test_hostile_names_run_nothing_and_break_nothing(visit: Any, made: Any) -> N
     at.press("[")
     closed = at.ids()
     assert len(closed) < drawing.graph.number_of_nodes()
-    for box in [i for i in closed if i in drawing.graph.graph["boxes"]]:
+    shut = [i for i in closed if i in drawing.graph.graph["boxes"]]
+    assert len(shut) == len(NAMES)
+    for box in (shut[1], shut[9], shut[14], shut[22]):  # a tag, a long one, no text at all, %
         at.page.eval_on_selector(
             f"#{box}", "g => g.dispatchEvent(new MouseEvent('click', {bubbles: true}))"
         )

@@ -231,7 +231,7 @@ def draw(
     if chosen.focus:
         panels = [focus_on(p, chosen.focus) for p in panels]
     whole, panels = panels, fold(panels, chosen.fold)
-    sheet = Sheet(tuple(graphs), tuple(whole), tuple(panels))
+    sheet = Sheet(tuple(graphs), tuple(whole), tuple(panels), marks[-1].effects)
     if chosen.detail == "auto" and chosen.fold and not chosen.focus:
         panels = brief(panels)
     count = sum(len(p.items) for p in panels)

@@ -17,7 +17,7 @@ from fxlora_viz.names import clean, quantity, tensor
 from fxlora_viz.parameters import Instances, Parameters, Row
 from fxlora_viz.picture import Item, Panel
 from fxlora_viz.style import style_sheet
-from fxlora_viz.verdicts import Verdicts
+from fxlora_viz.verdicts import Effects, Verdicts
 
 _NAME = 2000  # letters of a name the page keeps
 
@@ -30,11 +30,13 @@ class Sheet:
         graphs: the fx graphs, one for each panel.
         whole: their panels before folding.
         panels: their panels as drawn.
+        effects: what `fxlora.effects` said of the last graph; None where nobody asked yet.
     """
 
     graphs: tuple[GraphModule, ...]
     whole: tuple[Panel, ...]
     panels: tuple[Panel, ...]
+    effects: Effects | None = None
 
 
 def explorer_data(
@@ -66,7 +68,7 @@ class _Data:
         }
         self._last = self._instances[self._names[-1]]
         self._parameters = Parameters(sheet.graphs, [self._instances[n] for n in self._names])
-        self._verdicts = Verdicts(sheet.graphs[-1], self._last)
+        self._verdicts = Verdicts(sheet.graphs[-1], self._last, sheet.effects)
         self._writer = Writer(graph, bare=True, mirrored=direction == "LR")
 
     def all(self, mode: str) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from fxlora_viz.names import clean, number
 from fxlora_viz.parameters import Instances
 from fxlora_viz.picture import Item
 
+Effects = dict[tuple[str, str], Any]
+
 
 class Verdicts:
     """The sites of a rewritten graph.
@@ -21,18 +23,21 @@ class Verdicts:
         trouble: why there are no effects, where they could not be computed; else "".
     """
 
-    def __init__(self, graph: GraphModule, instances: Instances) -> None:
-        """Reads the plans of the active adapters and computes their effects.
+    def __init__(
+        self, graph: GraphModule, instances: Instances, known: Effects | None = None
+    ) -> None:
+        """Reads the plans of the active adapters and their effects.
 
         Args:
             graph: a rewritten graph; of another one there is nothing to say.
             instances: the folds it is drawn with.
+            known: (site, adapter) -> effect; computed where left out.
         """
         found = getattr(graph, "meta", {}).get(KEY)
         info = found if isinstance(found, TraceInfo) else TraceInfo("", {})
         self._instances = instances
         self.trouble = ""
-        effects = self._effects(graph) if info.active else {}
+        effects = known if known is not None else self._effects(graph) if info.active else {}
         entries: dict[tuple[str, str], list[Any]] = {}
         for adapter in info.active:
             for planned in info.adapters[adapter]:
@@ -43,7 +48,7 @@ class Verdicts:
             entry = _entry(adapter, planned, [effects.get((p.name, adapter)) for p in planned])
             self.sites.setdefault(name, []).append(entry)
 
-    def _effects(self, graph: GraphModule) -> dict[tuple[str, str], Any]:
+    def _effects(self, graph: GraphModule) -> Effects:
         from fxlora.effects import effects
 
         try:

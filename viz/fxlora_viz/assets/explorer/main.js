@@ -82,7 +82,11 @@ function restore() {
   $("q").value = state.query;
   changed();
   if (missing.length) say(`Not in this picture: ${short(missing.join(", "), 200)}`);
-  return redraw(null, () => wanted && reveal(standIn(wanted), true));
+  return redraw(null, () => {
+    if (!wanted) return;
+    reveal(standIn(wanted), true);
+    if (!missing.length) say(spoken(wanted));
+  });
 }
 
 // ---- what a reader does ----
@@ -169,6 +173,8 @@ function setQuery(text) {
   markTree();
   drawBar();
   remember();
+  // Of what is found, something is in sight.
+  if (hits.length && !hits.some((id) => inSight(standIn(id)))) reveal(standIn(hits[0]));
 }
 function hop(by) {
   if (!hits.length) return;

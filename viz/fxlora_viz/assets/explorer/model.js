@@ -83,4 +83,5 @@ function quantity(n) {
   }
   return n.toPrecision(3);
 }
+const counted = (n) => `${n.toLocaleString("en")}${n >= 10000 ? ` (${quantity(n)})` : ""}`;
 const plural = (n, word) => `${n.toLocaleString("en")} ${word}${n === 1 ? "" : "s"}`;

@@ -32,7 +32,7 @@ function ofNode(n) {
       row("Output", n.out ? code(n.out) : ""),
       row("requires_grad", n.state ? (WEIGHTS.has(n.state) ? (n.state === "partly" ? "some" : "True") : "False") : ""),
       row("Gradient", n.grad ? "flows through the output" : n.out ? "none in the output" : ""),
-      row("Parameters", n.params ? `${n.params.toLocaleString("en")}${n.params >= 10000 ? ` (${quantity(n.params)})` : ""}` : ""),
+      row("Parameters", n.params ? counted(n.params) : ""),
       row("Reads", (n.tags || []).join(", ")),
       row("Note", n.note || ""),
     ),
@@ -113,7 +113,7 @@ function ofBox(b) {
     ...facts(
       row("Kind", { fold: "equal blocks, drawn once", block: "block", module: "module", site: "an adapted layer" }[b.kind] || b.kind),
       row("Class", b.kind !== "site" ? b.note : ""),
-      row("Parameters", b.params ? `${b.params.toLocaleString("en")} (${quantity(b.params)})` : "none"),
+      row("Parameters", b.params ? counted(b.params) : "none"),
       row("Trainable", b.trains ? `${b.trains.toLocaleString("en")} (${share(b.trains, b.params)})` : "none"),
       row("Inside", plural(allInside(b.id).length, "node")),
       row("Changed", TWO ? counts : ""),
@@ -126,7 +126,7 @@ const share = (part, whole) => (whole ? `${((100 * part) / whole).toPrecision(3)
 function ofSheet() {
   const panels = DATA.boxes.filter((b) => b.kind === "panel" && shownPanels().includes(b.panel));
   const about_ = panels.flatMap((b) => [el("h3", {}, short(b.label, 100)), el("p", {}, short(b.note, 300)), ...facts(
-    row("Parameters", b.params ? `${b.params.toLocaleString("en")} (${quantity(b.params)})` : ""),
+    row("Parameters", b.params ? counted(b.params) : ""),
     row("Trainable", b.trains ? `${b.trains.toLocaleString("en")} (${share(b.trains, b.params)})` : "none"),
     row("Drawn", plural(DATA.nodes.filter((n) => n.panel === b.panel).length, "node")),
   )]);

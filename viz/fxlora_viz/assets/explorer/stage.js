@@ -96,18 +96,25 @@ function placeNow() {
   cam.y = Math.min(Math.max(cam.y, 60 / cam.k - high), shown.height - 60 / cam.k);
   shown.root.setAttribute("viewBox", `${cam.x} ${cam.y} ${wide} ${high}`);
 }
+// The panels in the middle, as far as the legend below them stays whole.
+function centred(wide) {
+  const frames = [...shown.boxRects].filter(([id]) => boxes.get(id).kind === "panel").map(([, r]) => r);
+  const middle = PAD + (Math.min(...frames.map((r) => r.x)) + Math.max(...frames.map((r) => r.x + r.w))) / 2;
+  const slack = wide - shown.width;
+  return slack <= 0 ? -slack / 2 : Math.max(-slack, Math.min(0, middle - wide / 2));
+}
 function fitWidth() {
   const { w, h } = size();
   const k = Math.min(1.1, w / shown.width);
   const high = h / k;
-  cam = { k, x: (shown.width - w / k) / 2, y: shown.height > high ? 0 : (shown.height - high) / 2 };
+  cam = { k, x: centred(w / k), y: shown.height > high ? 0 : (shown.height - high) / 2 };
   untouched = true;
   placeNow();
 }
 function fitAll() {
   const { w, h } = size();
   const k = Math.min(1.6, (w - 8) / shown.width, (h - 8) / shown.height);
-  cam = { k, x: (shown.width - w / k) / 2, y: (shown.height - h / k) / 2 };
+  cam = { k, x: centred(w / k), y: (shown.height - h / k) / 2 };
   untouched = false;
   placeNow();
 }
@@ -123,6 +130,13 @@ function pan(dx, dy) {
   cam = { ...cam, x: cam.x - dx / cam.k, y: cam.y - dy / cam.k };
   untouched = false;
   place();
+}
+function inSight(id) {
+  const r = rectOf(id);
+  if (!r) return false;
+  const { w, h } = size();
+  const s = toScreen(r);
+  return s.x + s.w > 0 && s.y + s.h > 0 && s.x < w && s.y < h;
 }
 // Brings something into sight, large enough to read, and no nearer than it takes.
 function reveal(id, readable) {

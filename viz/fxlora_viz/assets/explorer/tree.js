@@ -59,8 +59,9 @@ function item(id, depth, index, of) {
   li.append(
     el("span", { class: "twist", "aria-hidden": "true" }),
     el("span", { class: `swatch ${kind} ${nodes.has(id) ? nodes.get(id).form : ""}`, "aria-hidden": "true" }),
-    el("span", { class: "what" }, short(titleOf(id), 90)),
+    el("span", { class: "what" }, short(box ? box.label : titleOf(id), 90)),
   );
+  if (box && box.count > 1) li.append(el("span", { class: "times" }, `× ${box.count}`));
   if (params && !(box && box.kind === "panel")) li.append(el("span", { class: "count" }, quantity(params)));
   if (kind === "trainable" || kind === "idle") li.append(el("span", { class: "unseen" }, kind === "idle" ? ", inert" : ", trainable"));
   return li;
