@@ -64,6 +64,7 @@ LAYERS = [
         "optimize.checkpoints",
         "optimize.groups",
     ],
+    ["optimize.orders", "optimize.frontier"],
     ["optimize.run"],
     ["optimize"],
     ["coverage", "patterns"],

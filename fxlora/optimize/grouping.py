@@ -36,18 +36,19 @@ def lora_group(x: torch.Tensor, sites: Sequence[_Site]) -> tuple[torch.Tensor, .
     """
     base = [t for s in sites for t in s[:2] if t is not None]
     if not torch.is_grad_enabled() or any(t.requires_grad for t in base):
-        return tuple(_plain(x, *site) for site in sites)
+        return tuple(plain_site(x, *site) for site in sites)
     plan = tuple(_Plan(s[4], s[5].p if s[5] is not None and s[5].training else 0.0) for s in sites)
     if any(one.p >= 1 for one in plan):
-        return tuple(_plain(x, *site) for site in sites)
+        return tuple(plain_site(x, *site) for site in sites)
     flat = [t for s in sites for t in s[:4]]
     made: tuple[torch.Tensor, ...] = _Group.apply(x, plan, *flat)  # type: ignore[no-untyped-call]
     return made
 
 
-def _plain(
+def plain_site(
     x: torch.Tensor, weight: Any, bias: Any, a: Any, b: Any, scaling: float, drop: Any
 ) -> torch.Tensor:
+    """Returns the output of one adapted layer by peft's steps."""
     y = linear(x, weight, bias)
     given = x if x.dtype == a.dtype else x.to(a.dtype)
     h = linear(given if drop is None else dropout(given, drop), a)
@@ -82,7 +83,7 @@ class _Group(torch.autograd.Function):
         return tuple(out)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         """Adds gradients up from the last sibling to the first, as autograd does peft's."""
         x, *rest = ctx.saved_tensors
@@ -163,7 +164,7 @@ class _SwiGlu(torch.autograd.Function):
         return F.silu(gate) * up
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         """Makes silu(gate) again."""
         gate, up = ctx.saved_tensors

@@ -28,7 +28,7 @@ from fxlora.runtime import cast_like
 
 
 @dataclass
-class _Found:
+class Found:
     """The nodes of one adapted call."""
 
     x: Node
@@ -40,10 +40,10 @@ class _Found:
 
 def groups(graph: Graph, root: nn.Module) -> Step:
     """Puts plain adapters of the same tensor into one function."""
-    together: dict[tuple[Any, ...], list[_Found]] = {}
+    together: dict[tuple[Any, ...], list[Found]] = {}
     left = []
     for node in [n for n in graph.nodes if n.meta.get("role") == "base"]:
-        found = _match(root, node)
+        found = match(root, node)
         if isinstance(found, str):
             left.append(Refusal(site_of(node), found))
             continue
@@ -54,7 +54,7 @@ def groups(graph: Graph, root: nn.Module) -> Step:
     return Step("groups", sum(map(len, together.values())), tuple(left))
 
 
-def _match(root: nn.Module, base: Node) -> _Found | str:
+def match(root: nn.Module, base: Node) -> Found | str:
     """Returns the nodes of an adapted call, or why it is not one of plain LoRA."""
     if base.target is not F.linear or len(base.args) not in (2, 3):
         return "its base is no plain call of a Linear (hooks, another layer, a part of one)"
@@ -74,14 +74,15 @@ def _match(root: nn.Module, base: Node) -> _Found | str:
     if any(x in u.meta.get("mutates", ()) for u in x.users):
         return "its input is written to in place"
     bias = base.args[2] if len(base.args) == 3 else None
-    return _Found(x, base, [total, *inner], out, (base.args[1], bias, a, b, scaling, module))
+    return Found(x, base, [total, *inner], out, (base.args[1], bias, a, b, scaling, module))
 
 
 def _branch(root: nn.Module, x: Node, total: Node) -> tuple[list[Node], Any, Any, float, Any] | str:
     """Returns the nodes between x and the sum, last first, and what they are made of."""
     not_plain = "its adapter is not plain LoRA (DoRA, a bias, another variant)"
     nodes: list[Node] = []
-    at, reader = total.args[1], total
+    at: Any = total.args[1]
+    reader = total
 
     def step(target: Any, length: int) -> bool:
         nonlocal at, reader
@@ -113,7 +114,7 @@ def _branch(root: nn.Module, x: Node, total: Node) -> tuple[list[Node], Any, Any
     return nodes, a, b, scaling, module
 
 
-def _replace(graph: Graph, members: list[_Found]) -> None:
+def _replace(graph: Graph, members: list[Found]) -> None:
     first = members[0].base
     for member in members:
         for part in member.parts:
@@ -143,7 +144,9 @@ def swiglus(graph: Graph, root: nn.Module) -> Step:
     """Joins silu(gate) and its product with up, where nothing else reads silu(gate)."""
     del root
     changed, left = 0, []
-    for act in [n for n in graph.nodes if n.target is F.silu and not n.kwargs]:
+    for act in [
+        n for n in graph.nodes if n.target is F.silu and n.kwargs in ({}, {"inplace": False})
+    ]:
         user = next(iter(act.users), None)
         if user is None or not only_user(act, user):
             left.append(Refusal(site_of(act), "silu's result has another reader"))

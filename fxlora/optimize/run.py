@@ -15,6 +15,7 @@ from fxlora.optimize.checkpoints import checkpoints
 from fxlora.optimize.dropouts import dropouts
 from fxlora.optimize.flatten import flatten
 from fxlora.optimize.groups import groups, swiglus
+from fxlora.optimize.orders import orders
 from fxlora.optimize.products import products
 from fxlora.optimize.reads import read_quickly
 from fxlora.optimize.report import KEY, Report, Step
@@ -28,6 +29,7 @@ Pass = Callable[[Graph, nn.Module], Step]
 MODES: dict[str, tuple[Pass, ...]] = {
     "exact": (dropouts, flatten, casts, shared_casts, scalings, products),
     "memory": (dropouts, flatten, groups, swiglus, casts, scalings, products),
+    "inference": (dropouts, flatten, orders, casts, scalings, products),
 }
 
 
@@ -42,7 +44,8 @@ def optimize(lora: GraphModule, *, mode: str = "exact", checkpoint: bool = False
     Args:
         lora: what `fxlora.rewrite` (or `fxlora.trace`) returned; not changed.
         mode: "exact", which gives the plain graph's bits; or "memory", which keeps less for the
-            backward pass and makes it again.
+            backward pass and makes it again; or "inference", which picks the order of
+            multiplication by its cost where no gradient is wanted.
         checkpoint: whether to run layers twice instead of keeping what they save for the backward
             pass: those a gradient reaches, and no others. The same bits.
 
@@ -53,7 +56,7 @@ def optimize(lora: GraphModule, *, mode: str = "exact", checkpoint: bool = False
     >>> from peft import LoraConfig
     >>> model = torch.nn.Sequential(torch.nn.Linear(10, 20), torch.nn.Linear(20, 5))
     >>> lora = fxlora.rewrite(fxlora.trace(model), LoraConfig(r=4, target_modules=["0"]))
-    >>> fast = fxlora.optimize(lora)
+    >>> fast = optimize(lora)
     >>> len(lora.graph.nodes), len(fast.graph.nodes)
     (11, 10)
     """
