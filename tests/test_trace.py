@@ -519,13 +519,17 @@ class TestReplay:
             assert info(fxlora.trace(model)).replayed == layers - 1
 
 
-# Model type -> what keeps it small; more than two layers, so that there is something to repeat.
-_SMALL = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "vocab_size": 99, "head_dim": 8, "pad_token_id": 0,
-}  # fmt: skip
+# Model type -> how many experts, where there are any: their count makes the graph long, not deep.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "llama": {}, "gpt2": {}, "qwen2": {}, "qwen3": {}, "mixtral": {},
+    **dict.fromkeys(("llama", "gpt2", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3"), {}),
+    **dict.fromkeys(("phi3", "opt", "gpt_neox", "cohere2", "smollm3", "mamba2"), {}),
+    "bloom": {"n_layer": 6},
+    "qwen3_moe": {"num_experts": 8},
+    "mixtral": {"num_local_experts": 4},
+    "gpt_oss": {"num_local_experts": 4},
+    "deepseek_v3": {
+        "n_routed_experts": 8, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2,
+    },
 }  # fmt: skip
 
 
@@ -534,7 +538,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 def test_an_architecture_replayed_equals_it_run_in_full(kind: str) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(kind, **{**_SMALL, **ARCHITECTURES[kind]})
+    config = AutoConfig.for_model(kind, **{"num_hidden_layers": 6, **ARCHITECTURES[kind]})
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     fast, full = fxlora.trace(model), fxlora.trace(model, replay=False)

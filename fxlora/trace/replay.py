@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -334,6 +335,8 @@ def _same(a: Any, b: Any) -> bool:
         return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
     if isinstance(a, (set, frozenset, *PLAIN)):
         return bool(a == b)
+    if type(a) is partial:
+        return all(_same(getattr(a, k), getattr(b, k)) for k in ("func", "args", "keywords"))
     # The same bound method of the matching module, or an equal object of a class that says so.
     return False
 
