@@ -521,8 +521,8 @@ class TestReplay:
 
 # Model type -> how many experts, where there are any: their count makes the graph long, not deep.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("llama", "gpt2", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3"), {}),
-    **dict.fromkeys(("phi3", "opt", "gpt_neox", "cohere2", "smollm3", "mamba2"), {}),
+    "llama": {}, "gpt2": {}, "gemma": {}, "gemma2": {}, "gemma3_text": {}, "qwen2": {}, "qwen3": {},
+    "phi3": {}, "opt": {}, "gpt_neox": {}, "cohere2": {}, "smollm3": {}, "mamba2": {},
     "bloom": {"n_layer": 6},
     "qwen3_moe": {"num_experts": 8},
     "mixtral": {"num_local_experts": 4},
