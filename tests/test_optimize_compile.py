@@ -52,7 +52,13 @@ def run(model: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
     return [t.detach() for t in tensors(model(*args, **kwargs))]
 
 
-@pytest.mark.parametrize("way", WAYS)
+# Every way has its turn; the two that add the least to the others have it in the slow run.
+RARE = ("inference", "checkpoint")
+
+
+@pytest.mark.parametrize(
+    "way", [pytest.param(w, marks=[pytest.mark.slow] * (w in RARE)) for w in WAYS]
+)
 @pytest.mark.parametrize("id", IDS)
 def test_the_whole_graph_is_compiled_without_a_break(id: str, way: str) -> None:
     graph, args, kwargs = made(id, torch.float32, way)
