@@ -1,0 +1,109 @@
+"""A function in a process of its own: with a hard timeout, a peak of memory, and a cold cache.
+
+The parent says `call("benchmarks.drawing:draw_one", {...}, timeout=60)`; the child prints JSON.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+_MARK = "benchmarks.child answers "
+
+
+def call(
+    where: str,
+    given: dict[str, Any],
+    *,
+    timeout: float,
+    environment: dict[str, str] | None = None,
+) -> dict[str, Any]:
+    """Runs `where` ("module:function") in a new process on `given`, which are its keywords.
+
+    Returns:
+        What the function returned, a dictionary; or `{"failed": why}` when it raised, crashed or
+        was stopped at the timeout.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "benchmarks.child", where, json.dumps(given)]
+        env = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "viz")]),
+            "TORCHINDUCTOR_CACHE_DIR": folder,
+            "PYTHONWARNINGS": "ignore",
+            **(environment or {}),
+        }
+        # A session of its own, so that what the child started (`dot`) ends with it.
+        child = subprocess.Popen(
+            command,
+            cwd=folder,
+            env=env,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        try:
+            out, err = child.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.communicate()
+            return {"failed": f"stopped at {timeout:.0f} s"}
+    for line in out.splitlines():
+        if line.startswith(_MARK):
+            answer: dict[str, Any] = json.loads(line.removeprefix(_MARK))
+            return answer
+    last = (err.strip().splitlines() or ["no output"])[-1]
+    return {"failed": f"exit {child.returncode}: {last[:110]}"}
+
+
+def peak() -> int:
+    """Returns the most memory this process has held since `reset_peak`, in bytes.
+
+    Read from the process's own status: `getrusage` of a child starts at its parent's peak.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def reset_peak() -> int:
+    """Forgets the peak so far where the system allows it; returns the peak from here on."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    except OSError:
+        return peak()
+    return peak()
+
+
+def _main() -> None:
+    import warnings
+
+    from benchmarks.timing import said
+
+    warnings.simplefilter("ignore")
+    where, given = sys.argv[1], json.loads(sys.argv[2])
+    module, _, name = where.partition(":")
+    try:
+        answer = getattr(importlib.import_module(module), name)(**given)
+    except Exception as e:  # noqa: BLE001 - a peer may fail in any way; its row says how
+        answer = {"failed": said(e)}
+    print(_MARK + json.dumps(answer))
+
+
+if __name__ == "__main__":
+    _main()
