@@ -21,6 +21,7 @@ from fxlora.errors import (
     UnsupportedError,
 )
 from fxlora.merge import merge
+from fxlora.optimize import optimize
 from fxlora.plan import Plan, plan
 from fxlora.rewrite import rewrite
 from fxlora.trace import trace
@@ -43,6 +44,7 @@ __all__ = [
     "effects",
     "load_adapter",
     "merge",
+    "optimize",
     "plan",
     "rewrite",
     "save_adapter",

@@ -103,9 +103,10 @@ class _Builder:
 
     def _pair(self, in_features: int, out_features: int) -> tuple[nn.Module, nn.Module]:
         inner = self._planned.r * self._planned.experts
+        made = _linear if self._weight.device.type == "meta" else nn.Linear
         with torch.device(self._device()):
-            a = nn.Linear(in_features, inner, bias=False)
-            b = nn.Linear(inner, out_features, bias=bool(self._config.lora_bias))
+            a = made(in_features, inner, bias=False)
+            b = made(inner, out_features, bias=bool(self._config.lora_bias))
         self._initialise(a, b)
         return a, b
 
@@ -134,6 +135,8 @@ class _Builder:
     def _initialise(self, a: nn.Module, b: nn.Module) -> None:
         how = init_name(self._config)
         p = self._planned
+        if how in (True, "gaussian") and self._weight.device.type == "meta":
+            return  # there is nothing to draw
         turned = p.kind == "Conv1D" and "olora_conv1d" not in self._quirks
         weight = self._weight.t() if turned else self._weight
         residual = initialise(how, a, b, weight, p.r, p.scaling)
@@ -267,6 +270,20 @@ class _Builder:
             if p.dtype in _UPCAST:
                 p.data = p.data.float()
             p.requires_grad_(p.requires_grad and not self._config.inference_mode)
+
+
+class _Undrawn(nn.Linear):
+    """A Linear whose weight is not drawn: torch takes longer to draw nothing on meta than to make it."""
+
+    def reset_parameters(self) -> None:
+        """Leaves the weight as it is."""
+
+
+def _linear(in_features: int, out_features: int, bias: bool) -> nn.Linear:
+    """Returns `nn.Linear(...)` without numbers."""
+    made = _Undrawn(in_features, out_features, bias)
+    made.__class__ = nn.Linear  # type: ignore[assignment]
+    return made
 
 
 class _Slot(nn.Module):

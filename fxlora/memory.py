@@ -18,8 +18,8 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from fxlora.errors import ConfigError, TraceError, did_you_mean
 from fxlora.facts import info
-from fxlora.rewrite import copy_graph
 from fxlora.text import table
+from fxlora.trace.bulk import copy_graph
 from fxlora.trace.shell import shell
 from fxlora.trace.tracer import graph_module
 

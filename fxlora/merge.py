@@ -20,7 +20,8 @@ from fxlora.errors import AdapterError
 from fxlora.facts import info
 from fxlora.layers import is_quantized
 from fxlora.plan import PlannedSite
-from fxlora.rewrite import copy_graph, follow, held_of
+from fxlora.rewrite import follow, held_of
+from fxlora.trace.bulk import copy_graph
 from fxlora.trace.shell import shell
 from fxlora.trace.tracer import graph_module
 

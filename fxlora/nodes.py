@@ -10,6 +10,7 @@ from torch import nn
 from torch.fx import Graph, Node
 
 from fxlora.plan import PlannedSite
+from fxlora.trace.bulk import create_after
 
 Entry = tuple[str, PlannedSite]  # an active adapter's name, and the site it adapts
 _COPIED = ("module_stack", "source", "grad_enabled")
@@ -19,7 +20,8 @@ class Inserter:
     """Adds nodes of one site, each with its role, behind one another."""
 
     def __init__(self, graph: Graph, site: str, like: Node, layer: str = "") -> None:
-        self._graph, self._site, self._like = graph, site, like
+        assert like.graph is graph
+        self._site, self._like = site, like
         self._layer = layer or site
         self.adapter = ""
         self.last = like
@@ -29,8 +31,7 @@ class Inserter:
         kwargs: dict[str, Any] | None = None,
     ) -> Node:  # fmt: skip
         """Adds a node; `shape` and `dtype` may be None where the trace knows none."""
-        with self._graph.inserting_after(self.last):
-            node = self._graph.create_node(op, target, args, kwargs or {})
+        node = create_after(self.last, op, target, args, kwargs or {})
         meta = node.meta
         for key in _COPIED:
             if key in self._like.meta:

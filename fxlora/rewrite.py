@@ -26,6 +26,7 @@ from fxlora.nodes import Entry, attribute
 from fxlora.plan import Plan, PlannedSite, adapted_modules
 from fxlora.plan import plan as make_plan
 from fxlora.reach import checked
+from fxlora.trace.bulk import copy_graph
 from fxlora.trace.shell import frozen_view, shell
 from fxlora.trace.tracer import graph_module
 from fxlora.tree import hang
@@ -212,19 +213,6 @@ def _replace_weights(root: nn.Module, held: Held, quirks: frozenset[str]) -> Non
 
 
 # ---- nodes -------------------------------------------------------------------------------------
-
-
-def copy_graph(old: Graph) -> tuple[Graph, dict[Node, Node]]:
-    """Copies a graph node for node, keeping names and meta."""
-    graph = Graph()
-    new: dict[Node, Node] = {}
-    for node in old.nodes:
-        made = graph.node_copy(node, new.__getitem__)
-        made.meta = dict(node.meta)
-        new[node] = made
-        if "mutates" in node.meta:
-            made.meta["mutates"] = tuple(new[n] for n in node.meta["mutates"])
-    return graph, new
 
 
 def _insert_sites(

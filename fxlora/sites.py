@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -142,9 +142,12 @@ def sites(graph_module: GraphModule) -> tuple[Site, ...]:
         Sites of every layer kind PEFT can adapt, and of every 2-D or 3-D parameter that a linear
         function reads without such a layer around it.
     """
-    types = info(graph_module).module_types
+    facts = info(graph_module)
+    types = facts.module_types
+    held = dict(graph_module.named_modules(remove_duplicate=False))
+    live = dict(facts.model.named_modules(remove_duplicate=False))
     names: dict[int, list[str]] = {}
-    for name, m in graph_module.named_modules(remove_duplicate=False):
+    for name, m in held.items():
         names.setdefault(id(m), []).append(name)
     calls = _calls(graph_module)
     found = []
@@ -153,39 +156,39 @@ def sites(graph_module: GraphModule) -> tuple[Site, ...]:
         kind = kind_of(types[aliases[0]]) if aliases[0] in types else None
         if kind is None:
             continue
-        site = _module_site(graph_module, aliases, kind, types[aliases[0]].__name__, calls)
-        found.append(site)
-        covered.update(_parameter_names(graph_module, aliases))
+        parameters = [n for alias in aliases for n in _parameter_names(held[alias], alias)]
+        type_name = types[aliases[0]].__name__
+        found.append(_module_site(live, aliases, kind, type_name, calls, parameters))
+        covered.update(parameters)
     found += _bare(graph_module, calls, covered)
     return tuple(found)
 
 
-def _parameter_names(root: nn.Module, aliases: list[str]) -> Iterator[str]:
-    for alias in aliases:
-        for name, _ in root.get_submodule(alias).named_parameters():
-            yield f"{alias}.{name}" if alias else name
+def _parameter_names(module: nn.Module, name: str) -> Iterator[str]:
+    for inner, _ in module.named_parameters():
+        yield f"{name}.{inner}" if name else inner
 
 
 def _module_site(
-    root: GraphModule, aliases: list[str], kind: str, type_name: str, calls: dict[str, list[Call]]
-) -> Site:
+    live: dict[str, nn.Module], aliases: list[str], kind: str, type_name: str,
+    calls: dict[str, list[Call]], parameters: list[str],
+) -> Site:  # fmt: skip
     name = aliases[0]
     # The live module: a graph keeps of a non-leaf (nn.MultiheadAttention) its tensors only.
-    module: Any = info(root).model.get_submodule(name)
+    module: Any = live[name]
     weight = module.in_proj_weight if kind == "MultiheadAttention" else module.weight
     shape = tuple(weight.shape) if isinstance(weight, torch.Tensor) else ()
     # PEFT replaces the child of one parent object; a call reaches it by any path that ends there.
-    place = _place(info(root).model, name)
+    place = _place(live, name)
     own = [
-        replace(c, through_module=_place(info(root).model, a) == place)
+        Call(c.node, c.path, a is name or _place(live, a) == place)
         for a in aliases
         for c in calls.get(a, ())
     ]
-    for parameter in _parameter_names(root, aliases):
-        if parameter.rpartition(".")[2] != "bias":
-            own += [c for c in calls.get(parameter, ()) if c not in own]
-    order = {n: i for i, n in enumerate(root.graph.nodes)}
-    own.sort(key=lambda c: order[c.node])
+    for parameter in parameters:
+        if parameter in calls and parameter.rpartition(".")[2] != "bias":
+            own += [c for c in calls[parameter] if c not in own]
+    own.sort(key=lambda c: c.node)
     in_features, out_features = _features(module, kind, shape)
     bias = getattr(module, "in_proj_bias" if kind == "MultiheadAttention" else "bias", None)
     return Site(
@@ -194,9 +197,9 @@ def _module_site(
     )  # fmt: skip
 
 
-def _place(model: nn.Module, path: str) -> tuple[int, str]:
+def _place(live: dict[str, nn.Module], path: str) -> tuple[int, str]:
     parent, _, last = path.rpartition(".")
-    return id(model.get_submodule(parent)), last
+    return id(live[parent]), last
 
 
 def _features(module: Any, kind: str, shape: tuple[int, ...]) -> tuple[int, int]:

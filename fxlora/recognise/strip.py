@@ -19,7 +19,7 @@ from fxlora.recognise.found import LowRank
 from fxlora.recognise.match import recognise
 from fxlora.recognise.reading import ADDS, CASTS, DIVS, MULS, SUBS, TURNS, VIEWS, name_of
 from fxlora.recognise.rows import INTO_ROWS, PARTS, sides
-from fxlora.rewrite import copy_graph
+from fxlora.trace.bulk import copy_graph
 from fxlora.trace.shell import shell
 from fxlora.trace.tracer import graph_module
 

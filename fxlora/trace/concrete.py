@@ -29,8 +29,10 @@ from fxlora.errors import GuardError, TraceError
 from fxlora.facts import Source
 from fxlora.trace import arguments, known, sizes
 from fxlora.trace.guards import InputGuards
+from fxlora.trace.likeness import Maker, Results
 from fxlora.trace.paths import Paths
 from fxlora.trace.recorder import Recorder, model_line
+from fxlora.trace.repeats import Recorded
 from fxlora.trace.replay import Replay
 from fxlora.trace.shell import device_of, is_leaf
 
@@ -59,6 +61,8 @@ class Recording:
     mode_reads: tuple[str, ...]
     replayed: int
     notes: tuple[str, ...]
+    stretched: bool
+    results: Results
 
 
 class _Training:
@@ -91,6 +95,7 @@ def record(
     mode: bool,
     dynamic: bool,
     replay: bool,
+    like: Recording | None = None,
 ) -> Recording:
     """Runs `model` on fakes of the example inputs and returns what happened.
 
@@ -100,14 +105,18 @@ def record(
         mode: the value `self.training` reads as everywhere in the model.
         dynamic: whether the sizes of the inputs are symbols.
         replay: whether equal blocks are copied instead of run.
+        like: the run in the other mode; what its calls gave need not be found out again.
 
     Raises:
         TraceError: with the line of the model's code that could not be followed.
     """
+    results = Results() if like is None else like.results
 
     def run(stretch: bool) -> tuple[Recording, list[torch.Tensor]]:
-        return _record(model, args, kwargs, mode, dynamic, replay, stretch)
+        return _record(model, args, kwargs, mode, dynamic, replay, stretch, results)
 
+    if like is not None:
+        return run(like.stretched)[0]
     if dynamic and _batch_of_one(args, kwargs):
         # One sequence is the commonest example and stands for any batch. A size of one would be
         # taken for a broadcast, so trace with two.
@@ -127,14 +136,15 @@ def _record(
     dynamic: bool,
     replay: bool,
     stretch: bool,
+    results: Results,
 ) -> tuple[Recording, list[torch.Tensor]]:
     """Runs the model once, with a batch of one stretched to two or left; also returns the inputs."""
-    graph = Graph()
-    recorder = Recorder(model, graph, device_of(model))
+    graph = Recorded()
     shape_env = _ShapeEnv(duck_shape=False, specialize_zero_one=False) if dynamic else None
-    recorder.shape_env = shape_env
     fake_mode = FakeTensorMode(shape_env=shape_env, allow_non_fake_inputs=True)
     fake_mode.cache_enabled = False  # its keys cost more than the few hits they give here
+    recorder = Recorder(model, graph, device_of(model), Maker(results, fake_mode))
+    recorder.shape_env = shape_env
     placeholders = arguments.Placeholders(graph)
     bound = arguments.bind(model, args, kwargs)
     real: list[torch.Tensor] = []
@@ -163,6 +173,8 @@ def _record(
         mode_reads=tuple(dict.fromkeys(recorder.mode_reads)),
         replayed=replayer.count,
         notes=tuple(replayer.notes),
+        stretched=stretch,
+        results=results,
     )
     return recording, real
 
@@ -522,10 +534,9 @@ def _finish(graph: Graph, recorder: Recorder, out: Any) -> None:
     with torch._C.DisableTorchFunction():
         args = arguments.output_args(out, recorder.arg, call)
         graph.output(args).meta["module_stack"] = ()
-        _sweep(graph)
 
 
-def _sweep(graph: Graph) -> None:
+def sweep(graph: Graph) -> None:
     """Erases parts of tuples nobody asked for, and unused values that follow from sizes alone.
 
     Every other call stays, used or not: a random draw shifts the ones after it.

@@ -18,6 +18,7 @@ from torch.fx import Graph, Node
 
 from fxlora.errors import TraceError
 from fxlora.facts import path_of
+from fxlora.trace import repeats
 from fxlora.trace.arguments import Rebuild
 from fxlora.trace.guards import ByMode, TrainOnly
 
@@ -33,12 +34,17 @@ class Merged:
         mode: None when the graph follows both modes, else the one it stands for.
         reason: why not both; a clause for an error message.
         modules: path -> the ByMode and TrainOnly modules the graph now calls.
+        inserted: the nodes that call them.
+        notes: what a reader should know.
+        graph: the graph; None where nothing had to be merged.
     """
 
     mode: bool | None = None
     reason: str = ""
     modules: dict[str, nn.Module] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    inserted: dict[Node, None] = field(default_factory=dict)
+    graph: Graph | None = None
 
 
 class _Differ(Exception):
@@ -47,6 +53,9 @@ class _Differ(Exception):
 
 def merge(now: Graph, mode: bool, other: Callable[[], Graph], taken: Container[str] = ()) -> Merged:
     """Makes `now`, recorded in `mode`, follow both modes; changes it in place.
+
+    Blocks that both runs repeat are laid over each other where they were run; where one run repeats
+    what the other ran itself, everything is written out first.
 
     Args:
         now: the graph recorded in the current mode.
@@ -60,17 +69,21 @@ def merge(now: Graph, mode: bool, other: Callable[[], Graph], taken: Container[s
     except TraceError as e:
         note = f"stands for {'train' if mode else 'eval'} mode only: {e}"
         return Merged(mode=mode, reason=f" ({e})", notes=(note,))
+    if not repeats.same(now, there):
+        now, there = (repeats.written(g, {}, {})[0] for g in (now, there))
     try:
         return _Merge(now, there, mode, taken).run()
     except _Differ as e:
         note = f"{name} mode takes another path: {e}"
-        return Merged(mode=mode, reason=f" ({e})", notes=(note,))
+        return Merged(mode=mode, reason=f" ({e})", notes=(note,), graph=now)
 
 
 def _signature(node: Node) -> Any:
-    target = "" if node.op == "output" else node.target
+    target: Any = "" if node.op == "output" else node.target
     if isinstance(target, Rebuild):
         target = target.__name__  # each run made its own
+    if isinstance(target, repeats.Repeat):
+        target = (target.path, target.block.path)
     return node.op, target, path_of(node)
 
 
@@ -108,6 +121,7 @@ class _Merge:
         self._modules: dict[str, nn.Module] = {}
         self._made: dict[tuple[str, str], Node] = {}
         self._counts: dict[str, int] = {}
+        self._inserted: dict[Node, None] = {}
 
     def run(self) -> Merged:
         """Returns what was merged; raises `_Differ` before anything has been changed."""
@@ -119,7 +133,7 @@ class _Merge:
                 a.args = self._switched(a, a.args, args)
                 a.kwargs = self._switched(a, a.kwargs, kwargs)
         self._keep_draws()
-        return Merged(modules=self._modules)
+        return Merged(modules=self._modules, inserted=self._inserted, graph=self._now)
 
     def _differences(self, a: Node, b: Node) -> tuple[Any, Any, bool]:
         args, kwargs = self._moved(b.args), self._moved(b.kwargs)
@@ -160,6 +174,7 @@ class _Merge:
                 node = self._now.call_module(path)
             node.meta.update({k: v for k, v in at.meta.items() if k in ("source", "module_stack")})
             self._made[key] = node
+            self._inserted[node] = None
         return self._made[key]
 
     def _new_path(self, owner: str, name: str) -> str:
@@ -182,6 +197,7 @@ class _Merge:
                 path = self._new_path(_owner(node), "_train_only")
                 new = self._now.call_module(path, node.args, dict(node.kwargs))
             new.meta.update(node.meta)
+            self._inserted[new] = None
             self._modules[path] = TrainOnly(node.target)
         for node in reversed(self._only_now):
             if not node.users:

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from fxlora.errors import TraceError
 from fxlora.facts import Frame, Source
 from fxlora.trace import known, operators, sizes
+from fxlora.trace.likeness import Maker
 from fxlora.trace.regions import AutocastRegions, GradRegions
 
 _SKIP = (os.path.dirname(torch.__file__), os.path.dirname(os.path.dirname(__file__)))
@@ -63,12 +64,16 @@ class Recorder(TorchFunctionMode):
         graph: the graph to fill.
         device: the model's one device; a mention of it becomes the device of the first input, so
             the graph can move.
+        results: of the calls recorded before, in this run and the run in the other mode.
     """
 
-    def __init__(self, model: nn.Module, graph: Graph, device: torch.device | None) -> None:
+    def __init__(
+        self, model: nn.Module, graph: Graph, device: torch.device | None, results: Maker
+    ) -> None:
         super().__init__()
         self.model = model
         self.graph = graph
+        self.results = results
         self.size_nodes = sizes.SizeNodes(graph)
         self.stack: list[Frame] = []
         self.constants: dict[str, torch.Tensor] = {}
@@ -239,12 +244,20 @@ class Recorder(TorchFunctionMode):
         self.in_op += 1
         try:
             with self.hold():
-                out = operators.on_fakes(function)(*args, **kwargs)
+                with torch._C.DisableTorchFunction():
+                    key = self.results.key(function, args, kwargs, inputs, self.autocast.current)
+                    out = None if key is None else self.results.get(key)
+                again = out is not None
+                if not again:
+                    out = operators.on_fakes(function)(*args, **kwargs)
         finally:
             self.in_op -= 1
-        if self.shape_env is not None and len(self.shape_env.guards) > before:
+        if self._guarded(before):
             self.op_guards.append((before, len(self.shape_env.guards), name))
         changed = [t for t, v in zip(inputs, versions, strict=True) if t._version != v]
+        if key is not None and not again and not changed and not self._guarded(before):
+            with torch._C.DisableTorchFunction():
+                self.results.keep(key, out, inputs)
         results = list(tensors_in(out))
         if not results and not changed and not operators.has_effect(function):
             return out
@@ -261,17 +274,15 @@ class Recorder(TorchFunctionMode):
         self._bind_results(out, node, inputs)
         return out
 
+    def _guarded(self, before: int) -> bool:
+        """Whether a condition on the sizes was added since there were `before`."""
+        return self.shape_env is not None and len(self.shape_env.guards) > before
+
     def _overwrite(self, changed: list[torch.Tensor], writer: Node) -> None:
         """Notes that an in-place call wrote into whatever shares memory with these tensors."""
         for storage in {_storage(t) for t in changed}:
             for node in self._sharing.get(storage, ()):
                 self._known.writers.setdefault(node, []).append(writer)
-
-    def copied(self, new: dict[Node, Node]) -> None:
-        """Notes that the keys, nodes of this graph, were copied as the values."""
-        writers = self._known.writers
-        for old in [n for n in new if n in writers]:
-            writers[new[old]] = [new.get(w, w) for w in writers[old]]
 
     def _from_numpy(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Makes a tensor out of an array, which fx has no words for, a constant of the graph."""

@@ -1,4 +1,4 @@
-"""Repeated blocks: run one of each kind, copy its nodes for the rest.
+"""Repeated blocks: run one of each kind, let its nodes stand for the rest.
 
 A block is a child of an nn.ModuleList. Its nodes may be copied for another child when nothing
 that the first run could have looked at differs: the module tree, its classes, hooks, training
@@ -18,42 +18,32 @@ from unittest import mock
 import torch
 from torch import nn
 from torch.fx import Node
-from torch.fx.node import map_arg
 
 from fxlora.facts import Frame
 from fxlora.trace import sizes
+from fxlora.trace.likeness import HOOKS, PLAIN, Fresh, NotPlain, plain, tensor_key
 from fxlora.trace.paths import Paths
 from fxlora.trace.recorder import Recorder, tensors_in
-
-_PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.layout, type)
-
-
-class _NotPlain(Exception):
-    """An argument or attribute whose equality says nothing about its behaviour."""
+from fxlora.trace.repeats import Block, Repeat, moved, part
 
 
 @dataclass
-class _Block:
-    """One recorded run of a block."""
+class _Run:
+    """One run of a block, and all it depended on.
 
-    module: nn.Module
-    path: str
-    nodes: list[Node]
+    Attributes:
+        block: its nodes.
+        inputs: the tensors it was given.
+        out: what it returned.
+        reads: (number of the module in its tree, attribute, value) of everything it read.
+        mode_reads: the modules that asked for the mode.
+    """
+
+    block: Block
     inputs: list[torch.Tensor]
     out: Any
-    reads: dict[tuple[str, str], Any]
-    calls: dict[str, int]
+    reads: list[tuple[int, str, Any]]
     mode_reads: list[str]
-
-
-def _size_key(size: Any) -> Any:
-    return str(sizes.expression(size)) if isinstance(size, torch.SymInt) else size
-
-
-def _tensor_key(t: torch.Tensor) -> tuple[Any, ...]:
-    strides = tuple(map(_size_key, t.stride())) if t.layout is torch.strided else ()
-    shape = tuple(map(_size_key, t.shape))
-    return (shape, strides, t.dtype, t.device, t.requires_grad, type(t).__name__)
 
 
 class Replay:
@@ -69,7 +59,7 @@ class Replay:
         self.notes: list[str] = []
         self._recorder = recorder
         self._paths = paths
-        self._blocks: dict[Any, list[_Block]] = {}
+        self._runs: dict[Any, list[_Run]] = {}
         self._members: set[int] = set()
         if enabled:
             for m in model.modules():
@@ -89,28 +79,32 @@ class Replay:
         if id(module) not in self._members:
             return self._run(forward, module, path, args, kwargs)
         inputs = list(tensors_in((args, kwargs)))
+        tree = _tree(module)
         try:
-            key = self._key(module, args, kwargs, inputs)
-        except _NotPlain:
+            with torch._C.DisableTorchFunction():
+                key = self._key(tree, args, kwargs, inputs)
+        except NotPlain:
             return self._run(forward, module, path, args, kwargs)
-        for block in self._blocks.get(key, ()):
-            if _same_reads(block, module):
+        for run in self._runs.get(key, ()):
+            if _same_reads(run, tree):
                 self.count += 1
-                return self._copy(block, path, inputs)
-        start = len(recorder.graph.nodes)
+                return self._repeat(run, path, inputs)
         last = next(iter(reversed(recorder.graph.nodes)), None)
         mode_reads = len(recorder.mode_reads)
         state = _state(module)
-        reads: dict[tuple[str, str], Any] = {}
-        with _watching(module, reads):
+        reads: dict[tuple[int, str], Any] = {}
+        with _watching(tree, reads):
             out = self._run(forward, module, path, args, kwargs)
-        if len(recorder.graph.nodes) == start or last is None or _state(module) != state:
+        nodes = [] if last is None else _after(last)
+        if not nodes or _state(module) != state:
             return out
-        block = _Block(
-            module, path, _after(last), inputs, out, reads, {}, recorder.mode_reads[mode_reads:]
-        )
-        if self._is_closed(block):
-            self._blocks.setdefault(key, []).append(block)
+        outs = self._outs(nodes, inputs, out)
+        if outs is not None and self._is_closed(nodes, path, inputs):
+            given = [recorder.node_of(t) for t in inputs]
+            block = Block(path, nodes, given, outs, len(recorder.stack))
+            read = [(i, name, value) for (i, name), value in reads.items()]
+            kept = _Run(block, inputs, out, read, recorder.mode_reads[mode_reads:])
+            self._runs.setdefault(key, []).append(kept)
         return out
 
     def _run(
@@ -136,7 +130,7 @@ class Replay:
 
     def _key(
         self,
-        module: nn.Module,
+        tree: list[tuple[str, nn.Module]],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         inputs: list[torch.Tensor],
@@ -147,103 +141,90 @@ class Replay:
         nodes: dict[Node, int] = {}
         same_node = tuple(nodes.setdefault(self._recorder.node_of(t), len(nodes)) for t in inputs)
         return (
-            _structure(module),
-            _plain((args, kwargs), numbers),
+            _structure(tree),
+            plain((args, kwargs), numbers),
             same_node,
             torch.is_grad_enabled(),
         )
 
-    def _is_closed(self, block: _Block) -> bool:
-        """Whether everything the block read came from its inputs, itself, or the head."""
-        inside = set(block.nodes)
-        given = {self._recorder.node_of(t) for t in block.inputs}
-        prefix = block.path + "."
-        for node in block.nodes:
+    def _is_closed(self, nodes: list[Node], path: str, inputs: list[torch.Tensor]) -> bool:
+        """Whether everything a block read came from its inputs, itself, or the head."""
+        inside = set(nodes)
+        given = {self._recorder.node_of(t) for t in inputs}
+        prefix = path + "."
+        for node in nodes:
             for used in node.all_input_nodes:
                 if used not in inside and used not in given and used.meta.get("module_stack"):
                     return False
             changed = node.meta.get("mutates", ())
             if any(n not in inside for n in changed):
                 return False
-            if node.op in ("get_attr", "call_module") and not str(node.target).startswith(prefix):
+            target = node.target.path if isinstance(node.target, Repeat) else node.target
+            named = node.op in ("get_attr", "call_module") or isinstance(node.target, Repeat)
+            if named and not str(target).startswith(prefix):
                 return False
-        storages = {t.untyped_storage()._cdata for t in block.inputs}
-        for t in tensors_in(block.out):
-            given_back = any(t is i for i in block.inputs)
-            if not given_back and t.untyped_storage()._cdata in storages:
-                return False
-            if not given_back and self._recorder.node_of(t) not in inside:
-                return False
-        return _is_rebuildable(block.out)
+        return True
 
-    # ---- copying -------------------------------------------------------------------------------
+    def _outs(self, nodes: list[Node], inputs: list[torch.Tensor], out: Any) -> list[Node] | None:
+        """Returns the nodes of a block's own results; None where they cannot be made again."""
+        if not _is_rebuildable(out):
+            return None
+        inside = set(nodes)
+        found: dict[Node, None] = {}
+        with torch._C.DisableTorchFunction():
+            storages = {t.untyped_storage()._cdata for t in inputs}
+            for t in tensors_in(out):
+                if any(t is i for i in inputs):
+                    continue
+                node = self._recorder.node_of(t)
+                # What follows from sizes alone has a value, and a repeated block computes none.
+                known = self._recorder.is_known(t)
+                if t.untyped_storage()._cdata in storages or node not in inside or known:
+                    return None
+                found[node] = None
+        return list(found)
 
-    def _copy(self, block: _Block, path: str, inputs: list[torch.Tensor]) -> Any:
-        recorder = self._recorder
-        new: dict[Node, Node] = {
-            recorder.node_of(a): recorder.node_of(b)
-            for a, b in zip(block.inputs, inputs, strict=True)
-        }
-        old_prefix, prefix = block.path, path
-        stacks: dict[tuple[Frame, ...], tuple[Frame, ...]] = {}
-        frames: dict[Frame, Frame] = {}
-        depth = len(recorder.stack)
+    # ---- repeating -----------------------------------------------------------------------------
 
-        def moved(name: str) -> str:
-            inside = name == old_prefix or name.startswith(old_prefix + ".")
-            return prefix + name[len(old_prefix) :] if inside else name
+    def _repeat(self, run: _Run, path: str, inputs: list[torch.Tensor]) -> Any:
+        """Adds the node that stands for a block's nodes under another path."""
+        recorder, block = self._recorder, run.block
+        frames = {}
+        for f in block.frames:
+            at = moved(f.path, block.path, path)
+            n = recorder._calls.get(at, 0)
+            recorder._calls[at] = n + 1
+            frames[f] = Frame(at, f.type, n)
+        recorder.mode_reads += [moved(p, block.path, path) for p in run.mode_reads]
+        given = tuple(recorder.node_of(t) for t in inputs)
+        with torch._C.DisableTorchFunction():
+            graph, stack = recorder.graph, tuple(recorder.stack)
+            node = graph.create_node("call_function", Repeat(block, path, frames), given)
+            node.meta["module_stack"] = stack
+            parts = {}
+            for i, out in enumerate(block.outs):
+                parts[out] = graph.create_node("call_function", part, (node, i))
+                parts[out].meta["module_stack"] = stack
+        same = {id(a): b for a, b in zip(run.inputs, inputs, strict=True)}
+        return self._out(run.out, parts, same)
 
-        def frame(f: Frame) -> Frame:
-            if f not in frames:
-                p = moved(f.path)
-                n = recorder._calls.get(p, 0)
-                recorder._calls[p] = n + 1
-                frames[f] = Frame(p, f.type, n)
-            return frames[f]
-
-        def stack(old: tuple[Frame, ...]) -> tuple[Frame, ...]:
-            if old not in stacks:
-                stacks[old] = tuple(recorder.stack) + tuple(frame(f) for f in old[depth:])
-            return stacks[old]
-
-        graph = recorder.graph
-        for node in block.nodes:
-            target = node.target
-            if node.op in ("get_attr", "call_module"):
-                target = moved(str(target))
-            args = map_arg(node.args, lambda n: new.get(n, n))
-            kwargs = map_arg(node.kwargs, lambda n: new.get(n, n))
-            copy = graph.create_node(node.op, target, args, kwargs)
-            copy.meta.update(node.meta)
-            copy.meta["module_stack"] = stack(node.meta["module_stack"])
-            if "mutates" in node.meta:
-                copy.meta["mutates"] = tuple(new.get(n, n) for n in node.meta["mutates"])
-            new[node] = copy
-        recorder.copied({n: new[n] for n in block.nodes})
-        recorder.mode_reads += [moved(p) for p in block.mode_reads]
-        given = {id(a): b for a, b in zip(block.inputs, inputs, strict=True)}
-        return self._out(block.out, new, given)
-
-    def _out(self, value: Any, new: dict[Node, Node], given: dict[int, torch.Tensor]) -> Any:
+    def _out(self, value: Any, parts: dict[Node, Node], same: dict[int, torch.Tensor]) -> Any:
         if isinstance(value, torch.Tensor):
-            if id(value) in given:
-                return given[id(value)]
-            with self._recorder.hold():
-                fresh = (
-                    value.clone()
-                    if value.requires_grad
-                    else torch.empty_strided(
-                        value.shape, value.stride(), dtype=value.dtype, device=value.device
-                    )
-                )
-            self._recorder.bind(fresh, new[self._recorder.node_of(value)])
-            return fresh
+            if id(value) not in same:
+                with self._recorder.hold(), torch._C.DisableTorchFunction():
+                    # The memory is that of the run; nothing known follows from what is in it.
+                    fresh = value.data
+                    if value.requires_grad:
+                        fresh = Fresh.apply(value, [fresh])  # type: ignore[no-untyped-call]
+                self._recorder.bind(fresh, parts[self._recorder.node_of(value)])
+                same[id(value)] = fresh
+            return same[id(value)]
         if isinstance(value, dict):
-            return type(value)({k: self._out(v, new, given) for k, v in value.items()})
+            return type(value)({k: self._out(v, parts, same) for k, v in value.items()})
         if isinstance(value, tuple) and hasattr(value, "_fields"):
-            return type(value)(*(self._out(v, new, given) for v in value))
+            return type(value)(*(self._out(v, parts, same) for v in value))
         if isinstance(value, (list, tuple)):
-            return type(value)(self._out(v, new, given) for v in value)
+            return type(value)(self._out(v, parts, same) for v in value)
         return value
 
 
@@ -261,44 +242,38 @@ def _is_rebuildable(value: Any) -> bool:
         return all(_is_rebuildable(v) for v in value.values())
     if isinstance(value, (list, tuple)):
         return all(_is_rebuildable(v) for v in value)
-    return isinstance(value, (torch.Tensor, *_PLAIN)) or sizes.is_symbolic(value)
+    return isinstance(value, (torch.Tensor, *PLAIN)) or sizes.is_symbolic(value)
 
 
-def _plain(value: Any, numbers: dict[int, int]) -> Any:
-    """Returns a hashable image of an argument; raises `_NotPlain` where there is none."""
-    if isinstance(value, torch.Tensor):
-        return ("tensor", numbers[id(value)], _tensor_key(value))
-    if sizes.is_symbolic(value):
-        return ("size", str(sizes.expression(value)))
-    if isinstance(value, _PLAIN):
-        return (type(value), value)
-    if isinstance(value, (list, tuple)):
-        return (type(value), tuple(_plain(v, numbers) for v in value))
-    if isinstance(value, dict):
-        return (type(value), tuple((k, _plain(v, numbers)) for k, v in value.items()))
-    raise _NotPlain
+def _tree(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Returns `named_modules(remove_duplicate=False)`."""
+    out: list[tuple[str, nn.Module]] = []
+
+    def walk(m: nn.Module, name: str) -> None:
+        out.append((name, m))
+        for key, child in m.__dict__["_modules"].items():
+            if child is not None:
+                walk(child, f"{name}.{key}")
+
+    walk(module, "")
+    return out
 
 
-_HOOKS = (
-    "_forward_hooks _forward_pre_hooks _backward_hooks _backward_pre_hooks _state_dict_hooks"
-).split()
-
-
-def _structure(module: nn.Module) -> Any:
+def _structure(tree: list[tuple[str, nn.Module]]) -> Any:
     """Returns what two blocks must share before their attributes are looked at."""
     seen: dict[int, int] = {}
     out = []
-    for name, m in module.named_modules(remove_duplicate=False):
-        if any(m.__dict__.get(h) for h in _HOOKS[:4]):
-            raise _NotPlain
+    for name, m in tree:
+        own = m.__dict__
+        if any(own.get(h) for h in HOOKS):
+            raise NotPlain
         tensors = tuple(
-            (k, None if t is None else (seen.setdefault(id(t), len(seen)), _tensor_key(t)))
-            for d in (m._parameters, m._buffers)
+            (k, None if t is None else (seen.setdefault(id(t), len(seen)), tensor_key(t)))
+            for d in (own["_parameters"], own["_buffers"])
             for k, t in d.items()
         )
         identity = seen.setdefault(id(m), len(seen))
-        settings = frozenset(m.__dict__)
-        out.append((name, type(m), identity, tensors, m.__dict__["training"], settings))
+        out.append((name, type(m), identity, tensors, own["training"], frozenset(own)))
     return tuple(out)
 
 
@@ -311,17 +286,19 @@ def _state(module: nn.Module) -> Any:
     ]
 
 
-_NOT_SETTINGS = frozenset(("_parameters", "_buffers", "_modules", "training", *_HOOKS))
+_NOT_SETTINGS = frozenset(
+    ("_parameters", "_buffers", "_modules", "training", *HOOKS, "_state_dict_hooks")
+)
 
 
 class _Watch:
     """A `__getattribute__` that notes which instance attributes a run reads."""
 
-    def __init__(self, names: dict[int, str], reads: dict[tuple[str, str], Any]) -> None:
-        self._names, self._reads = names, reads
+    def __init__(self, numbers: dict[int, int], reads: dict[tuple[int, str], Any]) -> None:
+        self._numbers, self._reads = numbers, reads
 
     def reader(self) -> Callable[[nn.Module, str], Any]:
-        names, reads, plain = self._names, self._reads, object.__getattribute__
+        names, reads, plain = self._numbers, self._reads, object.__getattribute__
 
         def read(module: nn.Module, name: str) -> Any:
             value = plain(module, name)
@@ -336,10 +313,12 @@ class _Watch:
         return read
 
 
-def _watching(module: nn.Module, reads: dict[tuple[str, str], Any]) -> Any:
-    names = {id(m): name for name, m in module.named_modules()}
+def _watching(tree: list[tuple[str, nn.Module]], reads: dict[tuple[int, str], Any]) -> Any:
+    numbers: dict[int, int] = {}
+    for i, (_, m) in enumerate(tree):
+        numbers.setdefault(id(m), i)
     outer = nn.Module.__dict__.get("__getattribute__")
-    inner = _Watch(names, reads).reader()
+    inner = _Watch(numbers, reads).reader()
 
     def both(m: nn.Module, name: str) -> Any:
         if outer is not None:
@@ -366,16 +345,15 @@ def _same(a: Any, b: Any) -> bool:
         return len(a) == len(b) and all(map(_same, a, b))
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
-    if isinstance(a, (set, frozenset, *_PLAIN)):
+    if isinstance(a, (set, frozenset, *PLAIN)):
         return bool(a == b)
     # The same bound method of the matching module, or an equal object of a class that says so.
     return False
 
 
-def _same_reads(block: _Block, module: nn.Module) -> bool:
-    there = dict(module.named_modules())
-    for (at, name), value in block.reads.items():
-        own = there[at].__dict__
+def _same_reads(run: _Run, tree: list[tuple[str, nn.Module]]) -> bool:
+    for i, name, value in run.reads:
+        own = tree[i][1].__dict__
         if name not in own or not _same(value, own[name]):
             return False
     return True

@@ -11,7 +11,8 @@ from torch.fx import Graph, GraphModule
 
 from fxlora.errors import TraceError
 from fxlora.facts import KEY, TraceInfo
-from fxlora.trace import concrete, examples, modes, symbolic
+from fxlora.trace import concrete, examples, modes, repeats, symbolic
+from fxlora.trace.lazy import LazyGraphModule
 from fxlora.trace.shell import module_types, shell
 
 
@@ -97,9 +98,13 @@ def _concrete(
 ) -> GraphModule:
     mode = bool(model.training)
 
-    def record(mode: bool, dynamic: bool) -> concrete.Recording:
+    def record(
+        mode: bool, dynamic: bool, like: concrete.Recording | None = None
+    ) -> concrete.Recording:
         with torch.inference_mode(False):  # inference tensors keep no versions
-            return concrete.record(model, args, kwargs, mode=mode, dynamic=dynamic, replay=replay)
+            return concrete.record(
+                model, args, kwargs, mode=mode, dynamic=dynamic, replay=replay, like=like
+            )
 
     now, mode, dynamic, notes = _first(record, mode, dynamic)
     merged = modes.Merged()
@@ -107,7 +112,7 @@ def _concrete(
         merged = modes.Merged(mode=False, reason=f": {notes[-1]}")
     elif now.mode_reads:
         merged = modes.merge(
-            now.graph, mode, lambda: record(not mode, dynamic).graph, module_types(model)
+            now.graph, mode, lambda: record(not mode, dynamic, now).graph, module_types(model)
         )
     if merged.mode is not None:
         _check_one_mode(model, now.mode_reads, merged.reason)
@@ -123,8 +128,10 @@ def _concrete(
         model=model,
     )
     now.guards.mode, now.guards.mode_reason = merged.mode, merged.reason
-    extra = {**now.constants, **merged.modules, now.guards.path: now.guards}
-    return _assemble(model, now.graph, facts, extra)
+    graph, switches = repeats.written(merged.graph or now.graph, merged.inserted, merged.modules)
+    concrete.sweep(graph)
+    extra = {**now.constants, **switches, now.guards.path: now.guards}
+    return _assemble(model, graph, facts, extra)
 
 
 def _check_one_mode(model: nn.Module, reads: tuple[str, ...], reason: str) -> None:
@@ -192,11 +199,10 @@ def graph_module(root: nn.Module, graph: Graph, facts: TraceInfo) -> GraphModule
     torch.fx keeps only what a graph uses; a parameter nobody reads is a fact users ask about.
     """
     graph.lint()
-    made = GraphModule(nn.Module(), Graph(), class_name=facts.model_class)
+    made = LazyGraphModule(nn.Module(), Graph(), class_name=facts.model_class)
     made._modules, made._parameters, made._buffers = root._modules, root._parameters, root._buffers
     made._non_persistent_buffers_set = root._non_persistent_buffers_set
     made.training = root.training
     made.graph = graph
-    made.graph.owning_module = made
     made.meta[KEY] = facts
     return made

@@ -1,0 +1,94 @@
+"""The functions an optimized graph calls: what modules and pairs of nodes did, in one Python frame."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+# F.linear itself, without the Python name in front of it.
+linear = torch._C._nn.linear
+_addmm, _add, _F32 = torch.addmm, torch.add, torch.float32
+
+
+def conv1d(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """Returns what transformers' Conv1D computes: x W + b, with W stored as (in, out)."""
+    flat = _addmm(bias, x.view(-1, x.size(-1)), weight)
+    return flat.view(*x.shape[:-1], weight.shape[1])
+
+
+def by_mode(module: Any) -> Any:
+    """Returns the constant a `ByMode` module holds for the mode it is in."""
+    return module.train_value if module.training else module.eval_value
+
+
+def dropout(x: torch.Tensor, module: Any) -> torch.Tensor:
+    """Returns what a Dropout module makes of x in the mode it is in."""
+    return torch.dropout(x, module.p, True) if module.training else x
+
+
+def cast_for_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Returns x in the dtype a matrix product with `weight` needs.
+
+    Under autocast the product casts by itself: casting x up to the weight's dtype first, as peft
+    does, makes autocast cast it down again. The pair is the identity, forward and backward.
+    """
+    if x.dtype == weight.dtype:
+        return x
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == x.dtype:
+        return x
+    return x.to(weight.dtype)
+
+
+def add_product(
+    y: torch.Tensor, h: torch.Tensor, weight: torch.Tensor, alpha: float
+) -> torch.Tensor:
+    """Returns y + alpha * h W^T, by one addmm where that gives the bits of the two steps.
+
+    It does in float32 outside autocast: the product is summed up from zero and then added. In
+    bfloat16 the addmm rounds once where the two steps round twice.
+    """
+    if h.dtype is _F32 and y.dtype is _F32:
+        if h.ndim == 2:
+            return _addmm(y, h, weight.t(), alpha=alpha)
+        if h.ndim == 3 and h.is_contiguous() and y.is_contiguous():
+            flat = _addmm(y.view(-1, y.size(-1)), h.view(-1, h.size(-1)), weight.t(), alpha=alpha)
+            return flat.view(y.shape)
+    return _add(y, linear(h, weight), alpha=alpha)
+
+
+class _Again(torch.autograd.Function):
+    """A cast whose result is there already: forward hands it on, backward casts the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, cast: torch.Tensor) -> torch.Tensor:
+        """Returns the tensor x was cast to before."""
+        ctx.dtype = x.dtype
+        return cast.view_as(cast)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        """Casts each sibling's gradient by itself, so that they add up in the order peft's do."""
+        return grads[0].to(ctx.dtype), None
+
+
+def cast_again(x: torch.Tensor, weight: torch.Tensor, cast: torch.Tensor) -> torch.Tensor:
+    """Returns `cast_for_product(x, weight)`, given what it returned for a sibling.
+
+    Args:
+        x: the tensor both siblings read.
+        weight: what this one is multiplied by.
+        cast: what x was cast to for the sibling.
+    """
+    if cast is x or cast.dtype != weight.dtype or torch.compiler.is_compiling():
+        return cast_for_product(x, weight)
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return cast
+    again: torch.Tensor = _Again.apply(x, cast.detach())  # type: ignore[no-untyped-call]
+    return again
+
+
+# So that a saved GraphModule, which torch.fx traces again when it is loaded, keeps them whole.
+for _name in ("conv1d", "by_mode", "dropout", "cast_for_product", "add_product", "cast_again"):
+    torch.fx.wrap(_name)

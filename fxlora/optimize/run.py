@@ -1,0 +1,62 @@
+"""`fxlora.optimize`: the passes in their order, on a copy of the graph over the same tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from torch import nn
+from torch.fx import Graph, GraphModule
+
+from fxlora.errors import ConfigError, did_you_mean
+from fxlora.facts import info
+from fxlora.optimize.casts import casts
+from fxlora.optimize.dropouts import dropouts
+from fxlora.optimize.flatten import flatten
+from fxlora.optimize.products import products
+from fxlora.optimize.reads import read_quickly
+from fxlora.optimize.report import KEY, Report, Step
+from fxlora.optimize.scalings import scalings
+from fxlora.optimize.shared_casts import shared_casts
+from fxlora.rewrite import copy_graph
+from fxlora.trace.shell import shell
+from fxlora.trace.tracer import graph_module
+
+Pass = Callable[[Graph, nn.Module], Step]
+MODES: dict[str, tuple[Pass, ...]] = {
+    "exact": (dropouts, flatten, casts, shared_casts, scalings, products),
+}
+
+
+def optimize(lora: GraphModule, *, mode: str = "exact") -> GraphModule:
+    """Returns a graph that computes what `lora` does, in fewer and cheaper steps.
+
+    It is for running: the graph to draw, to compare and to take apart stays the plain one. Both
+    hold the very same parameters under the same names, so an optimizer, `fxlora.load_adapter` and
+    `fxlora.save_adapter` work with either. docs/speed.md lists the passes; `report` says what
+    each one did.
+
+    Args:
+        lora: what `fxlora.rewrite` (or `fxlora.trace`) returned; not changed.
+        mode: "exact", which gives the plain graph's bits.
+
+    Raises:
+        ConfigError: for another mode.
+
+    >>> import torch, fxlora
+    >>> from peft import LoraConfig
+    >>> model = torch.nn.Sequential(torch.nn.Linear(10, 20), torch.nn.Linear(20, 5))
+    >>> lora = fxlora.rewrite(fxlora.trace(model), LoraConfig(r=4, target_modules=["0"]))
+    >>> fast = fxlora.optimize(lora)
+    >>> len(lora.graph.nodes), len(fast.graph.nodes)
+    (11, 10)
+    """
+    if mode not in MODES:
+        raise ConfigError(f"mode={mode!r} is none of {list(MODES)}.{did_you_mean(mode, MODES)}")
+    root = shell(lora)
+    graph, _ = copy_graph(lora.graph)
+    steps = tuple(step(graph, root) for step in MODES[mode])
+    made = graph_module(root, graph, replace(info(lora)))
+    made.meta[KEY] = Report(mode, steps)
+    read_quickly(made)
+    return made
