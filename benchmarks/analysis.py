@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.fx import GraphModule
 
 import fxlora
 from benchmarks import child, models
 from benchmarks.record import Case, sized, timed
-from benchmarks.timing import Contender, Samples, interleave
+from benchmarks.timing import Contender, interleave
 
 WRAP = "get_peft_model"
 FORWARD, EXPORT = "meta forward", "torch.export"
 INFO, VIEW = "torchinfo", "torchview"
 SITES, GRAPH, COMPARE = "trace + plan", "trace + plan + rewrite", "compare"
+RUNNABLE = "the same, its code written"
 WRAP_TRACE = "get_peft_model, traced"
 OURS = (SITES, GRAPH)
 PEERS = (WRAP, EXPORT, INFO, VIEW)
@@ -51,10 +55,15 @@ def trace_and_plan(model: nn.Module) -> object:
     return fxlora.plan(fxlora.trace(model), lora_config())
 
 
-def whole_graph(model: nn.Module) -> object:
+def whole_graph(model: nn.Module) -> GraphModule:
     """Makes the rewritten graph."""
     traced = fxlora.trace(model)
     return fxlora.rewrite(traced, fxlora.plan(traced, lora_config()))
+
+
+def ready_to_run(model: nn.Module) -> object:
+    """Makes the rewritten graph and the Python code it runs by, which is written when asked for."""
+    return whole_graph(model).code
 
 
 def compared(model: nn.Module) -> object:
@@ -104,6 +113,7 @@ JOBS: dict[str, Callable[[nn.Module], object]] = {
     WRAP_TRACE: wrapped_and_traced,
     SITES: trace_and_plan,
     GRAPH: whole_graph,
+    RUNNABLE: ready_to_run,
     COMPARE: compared,
     INFO: summarised,
     VIEW: viewed,
@@ -112,6 +122,7 @@ JOBS: dict[str, Callable[[nn.Module], object]] = {
 FAST = (FORWARD, WRAP, SITES, GRAPH)
 PAIRS = [
     *((ours, peer) for ours in OURS for peer in PEERS),
+    (RUNNABLE, WRAP),
     (COMPARE, WRAP_TRACE),
     (COMPARE, EXPORT),
 ]
@@ -123,54 +134,37 @@ def run(quick: bool, say: Callable[[str], None]) -> list[Case]:
     for shape in ("Llama-8B",) if quick else models.SHAPES:
         say(f"analysis: {shape}")
         cases.append(one_shape(shape, quick=quick))
-    say("growth: 32 and 126 layers")
+    say("growth with depth")
     cases += growth(quick=quick)
     cases += peaks(quick, say)
     return cases
 
 
 def one_shape(shape: str, *, quick: bool) -> Case:
-    """Measures every job on one shape; those that take seconds in fewer rounds."""
+    """Measures every job on one shape; those that take many seconds once, there and back."""
 
-    def contender(job: Callable[[nn.Module], object]) -> Contender:
-        return Contender(job, lambda: models.llama(shape))
+    def contenders(names: tuple[str, ...]) -> dict[str, Contender]:
+        return {k: Contender(JOBS[k], lambda: models.llama(shape)) for k in names}
 
-    fast = FAST if quick else (*FAST, INFO)
-    found = interleave({k: contender(JOBS[k]) for k in fast}, seconds=8, rounds=(2, 7))
-    if not quick:
-        slow = (WRAP_TRACE, COMPARE, VIEW, EXPORT, *OURS)
-        once = {k: _twice(JOBS[k], shape) for k in slow}
-        return _merged(shape, found, once)
-    return timed("analysis", shape, found, PAIRS, floors=(FORWARD,))
-
-
-def _twice(job: Callable[[nn.Module], object], shape: str) -> Samples:
-    """Times a job that takes many seconds: twice, and the warm-up is one of the two."""
-    got = interleave({"it": Contender(job, lambda: models.llama(shape))}, rounds=(1, 1))
-    return got["it"]
-
-
-def _merged(shape: str, found: dict[str, Samples], once: dict[str, Samples]) -> Case:
-    """Joins the two passes: a slow peer is set against our time in its own pass."""
-    slow = timed("analysis", shape, once, PAIRS)
-    fast = timed("analysis", shape, found, PAIRS, floors=(FORWARD,))
-    values = {**slow.values, **fast.values}
-    taken = {(r["ours"], r["peer"]) for r in fast.ratios}
-    more = tuple(r for r in slow.ratios if (r["ours"], r["peer"]) not in taken)
-    ordered = {k: values[k] for k in JOBS if k in values}
-    return Case("analysis", shape, "s", ordered, (FORWARD,), (*fast.ratios, *more))
+    if quick:
+        found = interleave(contenders(FAST), seconds=2, rounds=(1, 3))
+        return timed("analysis", shape, found, PAIRS, floors=(FORWARD,))
+    fast = interleave(contenders((*FAST, RUNNABLE, INFO)), seconds=10, rounds=(2, 7))
+    slow = interleave(contenders((WRAP_TRACE, COMPARE, VIEW, EXPORT)), rounds=(1, 1), warm=False)
+    made = timed("analysis", shape, {**fast, **slow}, PAIRS, floors=(FORWARD,))
+    return replace(made, values={k: made.values[k] for k in JOBS})
 
 
 def growth(*, quick: bool) -> list[Case]:
     """Measures one width at two depths: what grows is the part that each site costs."""
-    depths = (8, 32) if quick else (32, 126)
+    depths = (4, 16) if quick else (32, 126)
     contenders = {}
     for depth in depths:
         for name in (WRAP, SITES, GRAPH):
             contenders[f"{name}, {depth} layers"] = Contender(
                 JOBS[name], lambda depth=depth: models.llama("Llama-405B", depth)
             )
-    found = interleave(contenders, seconds=8, rounds=(2, 5))
+    found = interleave(contenders, seconds=2 if quick else 8, rounds=(1 if quick else 2, 5))
     few, many = depths
     pairs = [(f"{name}, {few} layers", f"{name}, {many} layers") for name in (WRAP, SITES, GRAPH)]
     return [timed("growth", f"Llama-405B's width, {few} and {many} layers", found, pairs)]
@@ -179,16 +173,18 @@ def growth(*, quick: bool) -> list[Case]:
 def peaks(quick: bool, say: Callable[[str], None]) -> list[Case]:
     """Measures the most memory each job holds above the model, each in a process of its own."""
     cases = []
-    chosen = (WRAP, SITES, GRAPH) if quick else (WRAP, SITES, GRAPH, COMPARE, INFO, VIEW, EXPORT)
-    for shape in ("Llama-8B",) if quick else models.SHAPES:
-        values, notes = {}, {}
-        for name in chosen:
-            say(f"peak: {shape}, {name}")
-            got = child.call("benchmarks.analysis:peak_of", {"name": name, "shape": shape}, timeout=120)
-            if "failed" in got:
-                notes[name] = got["failed"]
-            else:
-                values[name] = got["peak"]
+    jobs = (WRAP, SITES, GRAPH) if quick else (WRAP, SITES, GRAPH, COMPARE, INFO, VIEW, EXPORT)
+    for shape in ("Llama-8B",) if quick else ("Llama-8B", "Llama-405B"):
+        say(f"peak: {shape}")
+
+        def one(name: str, shape: str = shape) -> dict[str, Any]:
+            given = {"name": name, "shape": shape}
+            return child.call("benchmarks.analysis:peak_of", given, timeout=150)
+
+        with ThreadPoolExecutor(2) as pool:  # memory is not time: two may run at once
+            got = dict(zip(jobs, pool.map(one, jobs), strict=True))
+        values = {k: v["peak"] for k, v in got.items() if "failed" not in v}
+        notes = {k: v["failed"] for k, v in got.items() if "failed" in v}
         cases.append(sized("peak", shape, values, PAIRS, notes=notes))
     return cases
 

@@ -24,9 +24,15 @@ def call(
     given: dict[str, Any],
     *,
     timeout: float,
-    environment: dict[str, str] | None = None,
+    path: Path = ROOT,
 ) -> dict[str, Any]:
     """Runs `where` ("module:function") in a new process on `given`, which are its keywords.
+
+    Args:
+        where: the function.
+        given: its keywords, as JSON can hold them.
+        timeout: seconds after which the process and all it started are ended.
+        path: where the module is looked up first.
 
     Returns:
         What the function returned, a dictionary; or `{"failed": why}` when it raised, crashed or
@@ -36,10 +42,9 @@ def call(
         command = [sys.executable, "-m", "benchmarks.child", where, json.dumps(given)]
         env = {
             **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "viz")]),
+            "PYTHONPATH": os.pathsep.join([str(path), str(ROOT), str(ROOT / "viz")]),
             "TORCHINDUCTOR_CACHE_DIR": folder,
             "PYTHONWARNINGS": "ignore",
-            **(environment or {}),
         }
         # A session of its own, so that what the child started (`dot`) ends with it.
         child = subprocess.Popen(

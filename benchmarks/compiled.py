@@ -37,9 +37,7 @@ def run(quick: bool, say: Callable[[str], None]) -> list[Case]:
             notes[f"graph breaks, {name}"] = str(got["breaks"])
     say("compile: both compiled, interleaved")
     got = child.call("benchmarks.compiled:warm", {}, timeout=2 * TIMEOUT)
-    warm = {
-        k: Samples(v["cpu"], v["wall"]) for k, v in got.items() if k != "failed"
-    }
+    warm = {k: Samples(v["cpu"], v["wall"]) for k, v in got.items() if k != "failed"}
     what = "Llama 4 x 512, fp32, 32 tokens"
     return [
         timed("compile", f"cold compile of a step, {what}", cold, _PAIRS, notes=notes),

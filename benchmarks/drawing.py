@@ -86,7 +86,7 @@ def _facts(svg: str) -> dict[str, Any]:
     """Reads an SVG: its drawn nodes, its canvas in points, its bytes."""
     size = re.search(r'viewBox="[-\d.]+ [-\d.]+ ([\d.]+) ([\d.]+)"', svg)
     return {
-        "nodes": len(re.findall(r'class="node[ "]', svg)),
+        "nodes": len(re.findall(r'class="(?:node|fx)[ "]', svg)),
         "width": float(size.group(1)) if size else 0.0,
         "height": float(size.group(2)) if size else 0.0,
         "bytes": len(svg.encode()),

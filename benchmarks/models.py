@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -76,9 +77,7 @@ def gpt2(dtype: torch.dtype) -> nn.Module:
 
 def seed(dtype: torch.dtype) -> nn.Module:
     """Builds the smallest model of the README."""
-    return in_dtype(
-        lambda: nn.Sequential(nn.Linear(10, 20), nn.ReLU(), nn.Linear(20, 5)), dtype
-    )
+    return in_dtype(lambda: nn.Sequential(nn.Linear(10, 20), nn.ReLU(), nn.Linear(20, 5)), dtype)
 
 
 class Site(nn.Module):
@@ -168,7 +167,7 @@ class Sides:
 BASE, DX = "base", "base + dx"
 PEFT, INNER = "peft", "peft, inner model"
 PLAIN, OPTIMIZED, MEMORY = "plain graph", "optimized graph", "memory mode"
-PAIRS = [(PLAIN, PEFT), (PLAIN, INNER), (OPTIMIZED, PEFT), (OPTIMIZED, INNER)]
+PAIRS = [(PLAIN, PEFT), (OPTIMIZED, PEFT), (OPTIMIZED, INNER)]
 
 
 def sides(
@@ -193,9 +192,7 @@ def sides(
                 p.data = p.data.to(torch.bfloat16)
     _same_values(plain, theirs)
     base = model.requires_grad_(False)
-    return Sides(
-        base, theirs, plain, optimized(plain, "exact"), optimized(plain, "memory"), inputs
-    )
+    return Sides(base, theirs, plain, optimized(plain, "exact"), optimized(plain, "memory"), inputs)
 
 
 def _same_values(ours: nn.Module, theirs: nn.Module) -> None:
@@ -218,9 +215,17 @@ def _same_values(ours: nn.Module, theirs: nn.Module) -> None:
 def optimized(plain: GraphModule, mode: str) -> nn.Module | None:
     """Returns the graph to run, in `mode` "exact" or "memory"; None where this version has none."""
     make = getattr(fxlora, "optimize", None)
-    if make is None:
+    if make is None or (mode != "exact" and mode not in _modes()):
         return None
-    return make(plain) if mode == "exact" else make(plain, memory=True)
+    made: nn.Module = make(plain, mode=mode)
+    return made
+
+
+def _modes() -> tuple[str, ...]:
+    """Returns the modes that this version's optimize takes."""
+    from fxlora.optimize import run
+
+    return tuple(getattr(run, "MODES", ("exact",)))
 
 
 def tensor_out(out: Any) -> torch.Tensor:
@@ -241,6 +246,9 @@ def agreement(a: torch.Tensor, b: torch.Tensor) -> str:
 
 
 def frontier(plain: GraphModule) -> nn.Module | None:
-    """Returns the graph that is checkpointed above its first adapter only, where there is one."""
-    make = getattr(fxlora, "frontier", None)
-    return make(plain) if make is not None else None
+    """Returns the graph that recomputes layers, only those a gradient reaches, where there is one."""
+    make = getattr(fxlora, "optimize", None)
+    if make is None or "checkpoint" not in inspect.signature(make).parameters:
+        return None
+    made: nn.Module = make(plain, checkpoint=True)
+    return made

@@ -67,7 +67,12 @@ def works(quick: bool) -> list[Work]:
         ]
     few, many = (1, 16, 128), (1, 16, 128, 1024)
     site = tuple((regime, many, many) for regime in models.REGIMES)
-    wide = (("fp32", many, many), *((r, few, few) for r in ("bf16", "default", "autocast")))
+    wide = (
+        ("fp32", many, many),
+        ("bf16", (1, 16), (16,)),
+        ("default", few, (16, 128)),
+        ("autocast", (1, 16), (16,)),
+    )
     return [
         _seed((("fp32", many, many), ("default", few, few))),
         _site(768, site),
@@ -78,7 +83,7 @@ def works(quick: bool) -> list[Work]:
             ALL,
             _words,
             (("fp32", few, (16, 128)), ("default", (1, 16), (16,)), ("autocast", (1,), ())),
-            6.0,
+            4.0,
         ),
         _llama(
             "Llama 150M",
@@ -92,7 +97,7 @@ def works(quick: bool) -> list[Work]:
                 ("default", (1, 16), (16, 128)),
                 ("autocast", (1, 16), (16,)),
             ),
-            6.0,
+            4.0,
         ),
     ]
 
@@ -108,17 +113,17 @@ def _site(width: int, at: _At) -> Work:
         config,
         _rows(width),
         at,
-        1.5,
+        1.0,
     )
 
 
 def _seed(at: _At) -> Work:
     config = {"r": 4, "lora_alpha": 8, "target_modules": ["0", "2"]}
-    return Work("the seed", models.seed, config, _seed_rows, at, 1.0)
+    return Work("the seed", models.seed, config, _seed_rows, at, 0.8)
 
 
 def _llama(
-    name: str, layers: int, hidden: int, inner: int, vocab: int, at: _At, seconds: float = 3.0
+    name: str, layers: int, hidden: int, inner: int, vocab: int, at: _At, seconds: float = 2.0
 ) -> Work:
     def words(tokens: int, dtype: torch.dtype) -> dict[str, Any]:
         del dtype

@@ -78,9 +78,7 @@ def _triple(regime: str, dropout: float, label: str, tokens: int, width: int) ->
     return _case(f"q, k, v of {width}, {label}", made, regime, tokens * width)
 
 
-def _whole(
-    regime: str, dropout: float, label: str, layers: int, tokens: int, width: int
-) -> Case:
+def _whole(regime: str, dropout: float, label: str, layers: int, tokens: int, width: int) -> Case:
     made = models.sides(
         _llama(regime, layers, width),
         LoraConfig(**LORA, lora_dropout=dropout, target_modules="all-linear"),
@@ -141,7 +139,15 @@ def frontier(layers: int, last: int, tokens: int, width: int) -> list[Case]:
     """
     config = LoraConfig(
         **LORA,
-        target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        target_modules=[
+            "q_proj",
+            "k_proj",
+            "v_proj",
+            "o_proj",
+            "gate_proj",
+            "up_proj",
+            "down_proj",
+        ],
         layers_to_transform=list(range(layers - last, layers)),
     )
     inputs = {"input_ids": torch.randint(0, 1000, (1, tokens))}
@@ -160,11 +166,7 @@ def frontier(layers: int, last: int, tokens: int, width: int) -> list[Case]:
     }
     there = {k: v for k, v in sides.items() if v is not None}
     name = f"adapters in the last {last} of {layers} layers"
-    pairs = [
-        (ours, peer)
-        for ours in (PLAIN, OPTIMIZED, FRONTIER)
-        for peer in (PEFT, CHECKPOINTED)
-    ]
+    pairs = [(ours, peer) for ours in (PLAIN, OPTIMIZED, FRONTIER) for peer in (PEFT, CHECKPOINTED)]
 
     def contender(module: nn.Module) -> Contender:
         def once(_: Any) -> None:

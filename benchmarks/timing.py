@@ -54,6 +54,7 @@ def interleave(
     *,
     seconds: float = 4.0,
     rounds: tuple[int, int] = (3, 25),
+    warm: bool = True,
     wait: Callable[[], None] = nothing,
 ) -> dict[str, Samples]:
     """Times all contenders, A B C C B A in every round, so that a drift of the machine hits all.
@@ -62,6 +63,7 @@ def interleave(
         contenders: by name.
         seconds: about how long all of it may take; short contenders get more rounds.
         rounds: the fewest and the most rounds.
+        warm: run each once before the clock; without it there are the fewest rounds.
         wait: waits until the device has done what was asked of it.
 
     Returns:
@@ -71,6 +73,9 @@ def interleave(
     calls: dict[str, int] = {}
     spent = 0.0
     for name, c in contenders.items():  # a warm-up, which also says how long a call takes
+        if not warm:
+            calls[name] = 1
+            continue
         try:
             if c.setup is None:
                 _sample(c, 1, wait)
@@ -80,7 +85,7 @@ def interleave(
             continue
         calls[name] = 1 if c.setup else max(1, min(2000, int(LEAST / max(cpu, wall, 1e-7))))
         spent += 2 * max(cpu, wall) * calls[name]
-    many = max(rounds[0], min(rounds[1], int(seconds / max(spent, 1e-9))))
+    many = max(rounds[0], min(rounds[1], int(seconds / max(spent, 1e-9)))) if warm else rounds[0]
     for _ in range(many):
         _round(contenders, calls, found, wait)
     return found
@@ -95,8 +100,14 @@ def _round(
     names = [name for name in contenders if name in calls]
     twice: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     for name in [*names, *reversed(names)]:
-        twice[name].append(_sample(contenders[name], calls[name], wait))
+        try:
+            twice[name].append(_sample(contenders[name], calls[name], wait))
+        except Exception as e:  # noqa: BLE001 - as above
+            found[name].failed = found[name].failed or said(e)
     for name, pairs in twice.items():
+        if found[name].failed:
+            calls.pop(name, None)
+            continue
         found[name].cpu.append(statistics.mean(cpu for cpu, _ in pairs))
         found[name].wall.append(statistics.mean(wall for _, wall in pairs))
 
@@ -131,6 +142,12 @@ def ratio(ours: Samples, peer: Samples) -> dict[str, float]:
     """
     if ours.failed or peer.failed or not ours.cpu or not peer.cpu:
         return {}
+    if len(ours.cpu) != len(peer.cpu):  # not of one pass: of the medians
+        return {
+            "median": statistics.median(peer.cpu) / statistics.median(ours.cpu),
+            "best": min(peer.cpu) / min(ours.cpu),
+            "wall": statistics.median(peer.wall) / statistics.median(ours.wall),
+        }
     return {
         "median": _middle(ours.cpu, peer.cpu),
         "best": min(peer.cpu) / min(ours.cpu),
@@ -147,7 +164,7 @@ def recovered(ours: Samples, peer: Samples, floor: Samples) -> float | None:
 
     None where the peer is within 2 % of the floor: there is nothing to recover, only noise.
     """
-    if not (ours.cpu and peer.cpu and floor.cpu):
+    if not len(ours.cpu) == len(peer.cpu) == len(floor.cpu) > 0:
         return None
     tax = [p - f for p, f in zip(peer.cpu, floor.cpu, strict=True)]
     if statistics.median(tax) < 0.02 * statistics.median(peer.cpu):
