@@ -65,7 +65,20 @@ def wrap(model: nn.Module, config: Any, seed: int) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)
-        return get_peft_model(copied, copy.deepcopy(config))
+        return get_peft_model(
+            copied, copy.deepcopy(config), low_cpu_mem_usage=_draws_nothing(model, config)
+        )
+
+
+def _draws_nothing(model: nn.Module, config: Any) -> bool:
+    """Whether PEFT may make the adapters on meta: it draws them on the CPU, and drops the numbers."""
+    plain = config.init_lora_weights in (True, False, "gaussian") and not config.use_dora
+    special = any(
+        getattr(config, k, None)
+        for k in ("kasa_config", "use_bdlora", "arrow_config", "corda_config", "eva_config",
+                  "loftq_config", "target_parameters", "trainable_token_indices", "layer_replication")
+    )  # fmt: skip
+    return plain and not special and all(p.device.type == "meta" for p in model.parameters())
 
 
 def wrapped(peft_model: Any) -> nn.Module:

@@ -28,6 +28,7 @@ from fxlora.reach import checked, one_call, with_slices
 from fxlora.sites import Call, Site, kind_of, sites
 from fxlora.targets import AllLinear, model_type, resolve_targets
 from fxlora.text import table
+from fxlora.trace.tracer import outline
 
 ADAPTER = "default"
 
@@ -241,22 +242,26 @@ class Plan:
 
 
 def plan(
-    traced: GraphModule,
+    traced: GraphModule | nn.Module,
     config: Any,
     adapter: str = ADAPTER,
     *,
     reach: str | Iterable[str] = (),
+    args: tuple[Any, ...] = (),
+    kwargs: dict[str, Any] | None = None,
 ) -> Plan:
     """Decides, for every site of a traced model, what a LoraConfig does to it.
 
     Args:
         traced: what `fxlora.trace` returned, or a rewritten graph that shall get another adapter;
-            read, never changed.
+            read, never changed. Of a model itself only the calls in its current mode are traced: for
+            a plan to look at. To rewrite, trace first and plan from the graph.
         config: a `peft.LoraConfig`; read, never changed.
         adapter: the name of the adapter.
         reach: what to adapt that PEFT cannot: "uses" (every use of a matched weight), "slices"
             (parts of fused layers may be named: q, k, v, gate, up) and "calls" (an adapter of its
             own for every call of a shared layer); one or several. None of them is PEFT's reach.
+        args, kwargs: example inputs, for a model; as for `fxlora.trace`.
 
     Returns:
         The plan: a verdict and a reason for every site.
@@ -274,6 +279,8 @@ def plan(
     >>> [(s.name, s.verdict) for s in p]
     [('0', 'adapted'), ('1', 'skipped')]
     """
+    if not isinstance(traced, GraphModule) and isinstance(traced, nn.Module):
+        traced = outline(traced, args, kwargs)
     facts = info(traced)
     if adapter in facts.adapters:
         raise AdapterError(

@@ -51,7 +51,7 @@ def read(graph: Graph, before: Node, root: nn.Module, path: str) -> Node:
     value = attribute(root, path)
     with graph.inserting_before(before):
         node = graph.create_node("get_attr", path)
-    for key in ("module_stack", "source", "grad_enabled", "role", "site", "adapter"):
+    for key in ("module_stack", "source", "grad_enabled"):
         if key in before.meta:
             node.meta[key] = before.meta[key]
     if not isinstance(value, nn.Module) and value is not None:

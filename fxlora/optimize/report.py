@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.fx import GraphModule, Node
 
-from fxlora.text import count, table
+from fxlora.text import table
 
 KEY = "fxlora_optimize"  # graph_module.meta[KEY] is a Report
 
@@ -75,11 +75,7 @@ class Report:
             for r in step.refused:
                 by_reason.setdefault(r.why, []).append(r.where)
             for why, where in by_reason.items():
-                first = (
-                    where[0]
-                    if len(where) == 1
-                    else f"{where[0]} and {count(len(where) - 1, 'more')}"
-                )
+                first = where[0] if len(where) == 1 else f"{where[0]} and {len(where) - 1:,} more"
                 lines.append(f"{step.name} left {first}: {why}")
         return "\n".join(lines)
 

@@ -11,8 +11,11 @@ from torch.fx import Graph, GraphModule
 from fxlora.errors import ConfigError, did_you_mean
 from fxlora.facts import info
 from fxlora.optimize.casts import casts
+from fxlora.optimize.checkpoints import checkpoints
 from fxlora.optimize.dropouts import dropouts
 from fxlora.optimize.flatten import flatten
+from fxlora.optimize.groups import groups, swiglus
+from fxlora.optimize.orders import orders
 from fxlora.optimize.products import products
 from fxlora.optimize.reads import read_quickly
 from fxlora.optimize.report import KEY, Report, Step
@@ -25,10 +28,12 @@ from fxlora.trace.tracer import graph_module
 Pass = Callable[[Graph, nn.Module], Step]
 MODES: dict[str, tuple[Pass, ...]] = {
     "exact": (dropouts, flatten, casts, shared_casts, scalings, products),
+    "memory": (dropouts, flatten, groups, swiglus, casts, scalings, products),
+    "inference": (dropouts, flatten, orders, casts, scalings, products),
 }
 
 
-def optimize(lora: GraphModule, *, mode: str = "exact") -> GraphModule:
+def optimize(lora: GraphModule, *, mode: str = "exact", checkpoint: bool = False) -> GraphModule:
     """Returns a graph that computes what `lora` does, in fewer and cheaper steps.
 
     It is for running: the graph to draw, to compare and to take apart stays the plain one. Both
@@ -38,7 +43,11 @@ def optimize(lora: GraphModule, *, mode: str = "exact") -> GraphModule:
 
     Args:
         lora: what `fxlora.rewrite` (or `fxlora.trace`) returned; not changed.
-        mode: "exact", which gives the plain graph's bits.
+        mode: "exact", which gives the plain graph's bits; or "memory", which keeps less for the
+            backward pass and makes it again; or "inference", which picks the order of
+            multiplication by its cost where no gradient is wanted.
+        checkpoint: whether to run layers twice instead of keeping what they save for the backward
+            pass: those a gradient reaches, and no others. The same bits.
 
     Raises:
         ConfigError: for another mode.
@@ -55,7 +64,10 @@ def optimize(lora: GraphModule, *, mode: str = "exact") -> GraphModule:
         raise ConfigError(f"mode={mode!r} is none of {list(MODES)}.{did_you_mean(mode, MODES)}")
     root = shell(lora)
     graph, _ = copy_graph(lora.graph)
-    steps = tuple(step(graph, root) for step in MODES[mode])
+    passes = list(MODES[mode])
+    if checkpoint:
+        passes.append(checkpoints(lora, info(lora).module_types))
+    steps = tuple(step(graph, root) for step in passes)
     made = graph_module(root, graph, replace(info(lora)))
     made.meta[KEY] = Report(mode, steps)
     read_quickly(made)

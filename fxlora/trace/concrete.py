@@ -34,7 +34,7 @@ from fxlora.trace.paths import Paths
 from fxlora.trace.recorder import Recorder, model_line
 from fxlora.trace.repeats import Recorded
 from fxlora.trace.replay import Replay
-from fxlora.trace.shell import device_of, is_leaf
+from fxlora.trace.shell import device_of, is_leaf, tree
 
 _ORIGINAL_CALL = nn.Module.__call__
 _LOCK = threading.RLock()
@@ -372,7 +372,7 @@ def _caller(recorder: Recorder, paths: Paths, replayer: Replay, thread: int) -> 
     # PEFT adapts a parameter by parametrizing its module for the length of a call. Such a module
     # is traced through, to see what its weight has become; one that always was parametrized
     # (weight_norm) stays a leaf.
-    always = {id(m._modules) for m in recorder.model.modules() if "parametrizations" in m._modules}
+    always = {id(m._modules) for _, m in tree(recorder.model) if "parametrizations" in m._modules}
 
     def stays_whole(module: nn.Module) -> bool:
         now = "parametrizations" in module._modules
@@ -452,7 +452,7 @@ def _restored(model: nn.Module, notes: list[str]) -> Iterator[None]:
 def _fake_buffers(model: nn.Module, recorder: Recorder, mode: FakeTensorMode) -> Iterator[None]:
     """Puts a fake in place of every buffer: a batch norm in train mode counts in place."""
     fakes: dict[int, torch.Tensor] = {}
-    before = [(m._buffers, dict(m._buffers)) for m in model.modules() if m._buffers]
+    before = [(m._buffers, dict(m._buffers)) for _, m in tree(model) if m._buffers]
     for buffers, _ in before:
         for name, b in buffers.items():
             if b is None:

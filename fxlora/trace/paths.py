@@ -9,6 +9,8 @@ from unittest import mock
 
 from torch import nn
 
+from fxlora.trace.shell import tree
+
 
 class Paths(contextlib.AbstractContextManager["Paths"]):
     """Resolves a module object to the name it was reached by.
@@ -21,7 +23,7 @@ class Paths(contextlib.AbstractContextManager["Paths"]):
 
     def __init__(self, model: nn.Module) -> None:
         self._names: dict[int, list[str]] = {}
-        for name, m in model.named_modules(remove_duplicate=False):
+        for name, m in tree(model):
             self._names.setdefault(id(m), []).append(name)
         self._stand_ins: dict[tuple[int, str], nn.Module] = {}
         self._paths: dict[int, str] = {}

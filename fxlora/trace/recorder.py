@@ -18,6 +18,7 @@ from fxlora.facts import Frame, Source
 from fxlora.trace import known, operators, sizes
 from fxlora.trace.likeness import Maker
 from fxlora.trace.regions import AutocastRegions, GradRegions
+from fxlora.trace.shell import tree
 
 _SKIP = (os.path.dirname(torch.__file__), os.path.dirname(os.path.dirname(__file__)))
 
@@ -95,11 +96,13 @@ class Recorder(TorchFunctionMode):
         self._known = known.Known()
         self._sharing: dict[int, list[Node]] = {}
         self._names: dict[int, list[str]] = {}
-        for name, t in (
-            *model.named_parameters(remove_duplicate=False),
-            *model.named_buffers(remove_duplicate=False),
-        ):
-            self._names.setdefault(id(t), []).append(name)
+        inside = tree(model)
+        for held in ("_parameters", "_buffers"):
+            for name, m in inside:
+                for key, t in m.__dict__[held].items():
+                    if t is not None:
+                        at = f"{name}.{key}" if name else key
+                        self._names.setdefault(id(t), []).append(at)
 
     # ---- what a tensor is called -------------------------------------------------------------
 

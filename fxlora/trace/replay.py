@@ -25,6 +25,7 @@ from fxlora.trace.likeness import HOOKS, PLAIN, Fresh, NotPlain, plain, tensor_k
 from fxlora.trace.paths import Paths
 from fxlora.trace.recorder import Recorder, tensors_in
 from fxlora.trace.repeats import Block, Repeat, moved, part
+from fxlora.trace.shell import tree
 
 
 @dataclass
@@ -62,7 +63,7 @@ class Replay:
         self._runs: dict[Any, list[_Run]] = {}
         self._members: set[int] = set()
         if enabled:
-            for m in model.modules():
+            for _, m in tree(model):
                 if isinstance(m, nn.ModuleList) and len(m) > 1:
                     self._members.update(id(child) for child in m)
 
@@ -79,21 +80,21 @@ class Replay:
         if id(module) not in self._members:
             return self._run(forward, module, path, args, kwargs)
         inputs = list(tensors_in((args, kwargs)))
-        tree = _tree(module)
+        inner = tree(module)
         try:
             with torch._C.DisableTorchFunction():
-                key = self._key(tree, args, kwargs, inputs)
+                key = self._key(inner, args, kwargs, inputs)
         except NotPlain:
             return self._run(forward, module, path, args, kwargs)
         for run in self._runs.get(key, ()):
-            if _same_reads(run, tree):
+            if _same_reads(run, inner):
                 self.count += 1
                 return self._repeat(run, path, inputs)
         last = next(iter(reversed(recorder.graph.nodes)), None)
         mode_reads = len(recorder.mode_reads)
         state = _state(module)
         reads: dict[tuple[int, str], Any] = {}
-        with _watching(tree, reads):
+        with _watching(inner, reads):
             out = self._run(forward, module, path, args, kwargs)
         nodes = [] if last is None else _after(last)
         if not nodes or _state(module) != state:
@@ -130,7 +131,7 @@ class Replay:
 
     def _key(
         self,
-        tree: list[tuple[str, nn.Module]],
+        inner: list[tuple[str, nn.Module]],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         inputs: list[torch.Tensor],
@@ -141,7 +142,7 @@ class Replay:
         nodes: dict[Node, int] = {}
         same_node = tuple(nodes.setdefault(self._recorder.node_of(t), len(nodes)) for t in inputs)
         return (
-            _structure(tree),
+            _structure(inner),
             plain((args, kwargs), numbers),
             same_node,
             torch.is_grad_enabled(),
@@ -245,25 +246,11 @@ def _is_rebuildable(value: Any) -> bool:
     return isinstance(value, (torch.Tensor, *PLAIN)) or sizes.is_symbolic(value)
 
 
-def _tree(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Returns `named_modules(remove_duplicate=False)`."""
-    out: list[tuple[str, nn.Module]] = []
-
-    def walk(m: nn.Module, name: str) -> None:
-        out.append((name, m))
-        for key, child in m.__dict__["_modules"].items():
-            if child is not None:
-                walk(child, f"{name}.{key}")
-
-    walk(module, "")
-    return out
-
-
-def _structure(tree: list[tuple[str, nn.Module]]) -> Any:
+def _structure(inner: list[tuple[str, nn.Module]]) -> Any:
     """Returns what two blocks must share before their attributes are looked at."""
     seen: dict[int, int] = {}
     out = []
-    for name, m in tree:
+    for name, m in inner:
         own = m.__dict__
         if any(own.get(h) for h in HOOKS):
             raise NotPlain
@@ -313,17 +300,17 @@ class _Watch:
         return read
 
 
-def _watching(tree: list[tuple[str, nn.Module]], reads: dict[tuple[int, str], Any]) -> Any:
+def _watching(inner: list[tuple[str, nn.Module]], reads: dict[tuple[int, str], Any]) -> Any:
     numbers: dict[int, int] = {}
-    for i, (_, m) in enumerate(tree):
+    for i, (_, m) in enumerate(inner):
         numbers.setdefault(id(m), i)
     outer = nn.Module.__dict__.get("__getattribute__")
-    inner = _Watch(numbers, reads).reader()
+    note = _Watch(numbers, reads).reader()
 
     def both(m: nn.Module, name: str) -> Any:
         if outer is not None:
             outer(m, name)  # a block inside a block: both keep their own list
-        return inner(m, name)
+        return note(m, name)
 
     return mock.patch.object(nn.Module, "__getattribute__", both, create=True)
 
@@ -351,9 +338,9 @@ def _same(a: Any, b: Any) -> bool:
     return False
 
 
-def _same_reads(run: _Run, tree: list[tuple[str, nn.Module]]) -> bool:
+def _same_reads(run: _Run, inner: list[tuple[str, nn.Module]]) -> bool:
     for i, name, value in run.reads:
-        own = tree[i][1].__dict__
+        own = inner[i][1].__dict__
         if name not in own or not _same(value, own[name]):
             return False
     return True

@@ -116,9 +116,24 @@ def shell(module: nn.Module, view: ParameterView | None = None) -> nn.Module:
     return build(module)
 
 
+def tree(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Returns `model.named_modules(remove_duplicate=False)`, without its generator per level."""
+    out: list[tuple[str, nn.Module]] = []
+
+    def walk(m: nn.Module, name: str, prefix: str) -> None:
+        out.append((name, m))
+        for key, child in m.__dict__["_modules"].items():
+            if child is not None:
+                inner = prefix + key
+                walk(child, inner, inner + ".")
+
+    walk(model, "", "")
+    return out
+
+
 def module_types(model: nn.Module) -> dict[str, type]:
     """Returns the class of every module by every one of its names."""
-    return {name: type(m) for name, m in model.named_modules(remove_duplicate=False)}
+    return {name: type(m) for name, m in tree(model)}
 
 
 def frozen_view(p: nn.Parameter) -> nn.Parameter:
@@ -139,5 +154,6 @@ def frozen_view(p: nn.Parameter) -> nn.Parameter:
 
 def device_of(model: nn.Module) -> torch.device | None:
     """Returns the one device of a model's parameters and buffers; None when there are several."""
-    devices = {t.device for t in (*model.parameters(), *model.buffers())}
+    held = [d for _, m in tree(model) for d in (m._parameters, m._buffers)]
+    devices = {t.device for d in held for t in d.values() if t is not None}
     return devices.pop() if len(devices) == 1 else None
