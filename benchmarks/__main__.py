@@ -8,10 +8,10 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from benchmarks.record import Case, Run, changes, joined, read
+from benchmarks.record import Case, Run, changes, joined, rank, read
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -76,10 +76,15 @@ def measure(groups: Sequence[str], *, quick: bool) -> Run:
         print(f"[{time.perf_counter() - started:6.0f} s] {what}", file=sys.stderr, flush=True)
 
     cases: list[Case] = []
-    for group in GROUPS:
-        if group in groups:
-            cases += _runner(group)(quick, say)
     lines = [] if torch.cuda.is_available() else ["No GPU was there."]
+    try:
+        for group in GROUPS:
+            if group in groups:
+                for case in _runner(group)(quick, say):
+                    cases.append(case)  # one by one: what was measured outlives an interrupt
+    except KeyboardInterrupt:
+        lines.append("Stopped by hand before the end.")
+    cases.sort(key=lambda c: rank(c.group))
     return Run(
         date=datetime.date.today().isoformat(),
         machine=machine(),
@@ -90,7 +95,7 @@ def measure(groups: Sequence[str], *, quick: bool) -> Run:
     )
 
 
-def _runner(group: str) -> Callable[[bool, Callable[[str], None]], list[Case]]:
+def _runner(group: str) -> Callable[[bool, Callable[[str], None]], Iterable[Case]]:
     from benchmarks import analysis, compiled, drawing, gpu, running, saved, startup
 
     return {

@@ -156,7 +156,7 @@ def joined(old: Run, new: Run) -> Run:
     """Returns the new run with the groups it did not measure taken from the old one."""
     measured = {c.group for c in new.cases}
     kept = tuple(c for c in old.cases if c.group not in measured)
-    cases = tuple(sorted((*kept, *new.cases), key=lambda c: _rank(c.group)))
+    cases = tuple(sorted((*kept, *new.cases), key=lambda c: rank(c.group)))
     return Run(new.date, new.machine, new.versions, new.quick, cases, new.lines)
 
 
@@ -175,7 +175,8 @@ ORDER = (
 )
 
 
-def _rank(group: str) -> int:
+def rank(group: str) -> int:
+    """Returns where a group stands in the tables."""
     return ORDER.index(group) if group in ORDER else len(ORDER)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,18 +141,16 @@ def _llama(
     )
 
 
-def run(quick: bool, say: Callable[[str], None]) -> list[Case]:
+def run(quick: bool, say: Callable[[str], None]) -> Iterator[Case]:
     """Measures the forward pass and the training step of every model, regime and size."""
-    forward, step = [], []
     for work in works(quick):
         for regime, passes, steps in work.at:
             for tokens in passes:
                 say(f"forward: {work.name}, {regime}, {tokens} tokens")
-                forward.append(measure(work, regime, tokens, train=False))
+                yield measure(work, regime, tokens, train=False)
             for tokens in steps:
                 say(f"step: {work.name}, {regime}, {tokens} tokens")
-                step.append(measure(work, regime, tokens, train=True))
-    return [*forward, *step]
+                yield measure(work, regime, tokens, train=True)
 
 
 def measure(work: Work, regime: str, tokens: int, *, train: bool, device: str = "cpu") -> Case:
