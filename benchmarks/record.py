@@ -92,7 +92,9 @@ def sized(
         if ours in values and peer in values:
             mine, other = values[ours] - below, values[peer] - below
             if mine > 0 and other > 0:
-                ratios.append({"ours": ours, "peer": peer, "median": other / mine})
+                ratio_of = {"ours": ours, "peer": peer, "median": other / mine}
+                whole = {"whole": values[peer] / values[ours]} if floor else {}
+                ratios.append({**ratio_of, **whole})
     return Case(
         group=group,
         name=name,
@@ -170,6 +172,7 @@ ORDER = (
     "gpu",
     "compile",
     "saved",
+    "memory mode",
     "frontier",
     "startup",
 )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -53,7 +55,7 @@ def run(quick: bool, say: Callable[[str], None]) -> list[Case]:
         label = regime + (f", dropout {dropout}" if dropout else "")
         say(f"saved: {label}")
         cases.append(_triple(regime, dropout, label, tokens, width))
-        cases.append(_whole(regime, dropout, label, 2 if quick else 4, tokens, width))
+        cases += _whole(regime, dropout, label, 2 if quick else 4, tokens, width)
     for last in (1,) if quick else (2, 4, 8):
         say(f"frontier: last {last} layers")
         cases += frontier(4 if quick else 8, last, tokens, width)
@@ -75,18 +77,79 @@ def _triple(regime: str, dropout: float, label: str, tokens: int, width: int) ->
         regime,
         train=True,
     )
-    return _case(f"q, k, v of {width}, {label}", made, regime, tokens * width)
+    case = _case(f"q, k, v of {width}, {label}", made, regime, tokens * width)
+    return case if dropout else replace(case, notes={**case.notes, **_errors(made, regime)})
 
 
-def _whole(regime: str, dropout: float, label: str, layers: int, tokens: int, width: int) -> Case:
+def _whole(
+    regime: str, dropout: float, label: str, layers: int, tokens: int, width: int
+) -> list[Case]:
+    inputs = {"input_ids": torch.randint(0, 1000, (1, tokens))}
     made = models.sides(
         _llama(regime, layers, width),
         LoraConfig(**LORA, lora_dropout=dropout, target_modules="all-linear"),
-        {"input_ids": torch.randint(0, 1000, (1, tokens))},
+        inputs,
         regime,
         train=True,
     )
-    return _case(f"Llama {layers} x {width}, {label}", made, regime, tokens * width)
+    cases = [_case(f"Llama {layers} x {width}, {label}", made, regime, tokens * width)]
+    if made.memory is not None:
+        sides = {PEFT: made.peft, OPTIMIZED: made.optimized, MEMORY: made.memory}
+        found = interleave(
+            {k: _step(v, inputs, regime) for k, v in sides.items() if v is not None},
+            seconds=4,
+            rounds=(2, 9),
+        )
+        pairs = [(OPTIMIZED, PEFT), (MEMORY, PEFT)]
+        cases.append(timed("memory mode", f"Llama {layers} x {width}, {label}", found, pairs))
+    return cases
+
+
+def _step(module: nn.Module, inputs: dict[str, Any], regime: str) -> Contender:
+    def once(_: Any) -> None:
+        backward(module, inputs, regime, "cpu", dx=False)
+        for p in module.parameters():
+            p.grad = None
+
+    return Contender(once)
+
+
+def error(
+    module: nn.Module, exact: list[torch.Tensor], inputs: dict[str, Any], regime: str
+) -> float:
+    """Returns how far a module's output and gradients are from the exact ones, relative, as rms."""
+    mine = _answers(module, inputs, regime)
+    off = [
+        ((a.double() - e).norm() / e.norm().clamp_min(1e-300)).item()
+        for a, e in zip(mine, exact, strict=True)
+    ]
+    return (sum(o * o for o in off) / len(off)) ** 0.5
+
+
+def _answers(module: nn.Module, inputs: dict[str, Any], regime: str) -> list[torch.Tensor]:
+    """Returns the output, the gradient of the input, and those of the adapters."""
+    given = {k: v.detach().clone().requires_grad_(True) for k, v in inputs.items()}
+    with models.regime_context(regime):
+        out = models.tensor_out(module(**given))
+    out.backward(torch.ones_like(out))
+    trained = [p for p in module.parameters() if p.requires_grad]
+    grads = [p.grad for p in trained if p.grad is not None]
+    for p in trained:
+        p.grad = None
+    return [out.detach(), *(v.grad for v in given.values() if v.grad is not None), *grads]
+
+
+def _errors(made: models.Sides, regime: str) -> dict[str, str]:
+    """Says how far each graph is from fp64, as a multiple of peft's own distance."""
+    exact_inputs = {k: v.double() for k, v in made.inputs.items()}
+    exact = _answers(copy.deepcopy(made.peft).double(), exact_inputs, "fp32")
+    theirs = error(made.peft, exact, made.inputs, regime)
+    ours = {OPTIMIZED: made.optimized, MEMORY: made.memory}
+    return {
+        f"error, {k}": f"{error(v, exact, made.inputs, regime) / theirs:.2f}"
+        for k, v in ours.items()
+        if v is not None
+    }
 
 
 def _llama(regime: str, layers: int, width: int) -> nn.Module:
@@ -101,9 +164,11 @@ def _case(name: str, made: models.Sides, regime: str, unit: int) -> Case:
     for key, module in sides.items():
         if module is not None:
             values[key] = float(_saved(module, made.inputs, regime, dx=False))
-    own = {k: (v - values[DX]) / unit for k, v in values.items() if k != DX}
-    notes = {f"LoRA's own, {k}": f"{v:.1f} B per token and width" for k, v in own.items()}
-    return sized("saved", name, values, _PAIRS, floor=DX, notes=notes)
+    made_of = sized("saved", name, values, _PAIRS, floor=DX)
+    for key, value in made_of.values.items():
+        if key != DX:  # comparable over sizes, and with the figures of papers
+            value["own"] = (values[key] - values[DX]) / unit
+    return made_of
 
 
 def _saved(module: nn.Module, inputs: dict[str, Any], regime: str, *, dx: bool) -> int:
@@ -166,17 +231,11 @@ def frontier(layers: int, last: int, tokens: int, width: int) -> list[Case]:
     }
     there = {k: v for k, v in sides.items() if v is not None}
     name = f"adapters in the last {last} of {layers} layers"
-    pairs = [(ours, peer) for ours in (PLAIN, OPTIMIZED, FRONTIER) for peer in (PEFT, CHECKPOINTED)]
+    pairs = [(PLAIN, PEFT), (OPTIMIZED, PEFT), (FRONTIER, PEFT), (FRONTIER, CHECKPOINTED)]
 
-    def contender(module: nn.Module) -> Contender:
-        def once(_: Any) -> None:
-            backward(module, inputs, "fp32", "cpu", dx=False)
-            for p in module.parameters():
-                p.grad = None
-
-        return Contender(once)
-
-    found = interleave({k: contender(v) for k, v in there.items()}, seconds=6, rounds=(2, 9))
+    found = interleave(
+        {k: _step(v, inputs, "fp32") for k, v in there.items()}, seconds=4, rounds=(2, 9)
+    )
     values = {k: float(_saved(v, inputs, "fp32", dx=False)) for k, v in there.items()}
     return [
         timed("frontier", f"{name}, time", found, pairs),

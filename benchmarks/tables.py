@@ -55,12 +55,20 @@ _TITLES = {
     "saved": (
         "Saved for the backward pass",
         "Bytes by autograd's own hooks, every storage once, parameters left out. The floor is the "
-        "frozen base with dx; the ratio is of what lies above it, LoRA's own share.",
+        "frozen base with dx; the ratio is of what lies above it, LoRA's own share, and beside it of "
+        "the whole. In brackets behind the bytes: what lies above the floor, per token and width. "
+        "`error` is the distance from fp64 in units of peft's own distance. Memory mode makes SwiGLU again as well, so of a whole Llama its share above the "
+        "floor is smaller than LoRA's own; of q, k, v alone it is just that.",
+    ),
+    "memory mode": (
+        "What memory mode costs",
+        "Forward, loss and backward, without an optimizer. Below 1 is the price of saving less.",
     ),
     "frontier": (
         "The frontier",
         "Adapters in the last layers only. Gradient checkpointing as it is usually switched on "
-        "asks for the embeddings' gradient, which the step does not need.",
+        "asks for the embeddings' gradient, which the step does not need. Against peft without "
+        "checkpointing, the frontier graph pays for what it makes again.",
     ),
     "startup": (
         "Start-up",
@@ -113,6 +121,7 @@ def _losses(found: Run) -> str:
 
 
 _LOSS = 0.99
+_COLUMNS = ("bits", "error")  # notes that are columns
 _NO_LOSS = ("growth", "startup")
 
 
@@ -147,10 +156,10 @@ def _wide(cases: list[Case]) -> list[str]:
     """One row a case, one column a contender, one column a ratio."""
     names = list(dict.fromkeys(n for c in cases for n in c.values))
     pairs = list(dict.fromkeys((r["ours"], r["peer"]) for c in cases for r in c.ratios))
-    notes = list(dict.fromkeys(k for c in cases for k in c.notes if k.startswith("bits")))
+    notes = list(dict.fromkeys(k for c in cases for k in c.notes if k.startswith(_COLUMNS)))
     head = ["case", *(_column(n, cases) for n in names)]
     head += [f"{ours} against {peer}" for ours, peer in pairs]
-    head += [n.replace("bits, ", "") + "'s bits" for n in notes]
+    head += [": ".join(reversed(n.split(", ", 1))) for n in notes]
     rows = []
     for c in cases:
         cells = [_value(c, c.values.get(n)) for n in names]
@@ -168,7 +177,8 @@ def _value(case: Case, value: dict[str, Any] | None) -> str:
         return ""
     if "failed" in value:
         return str(value["failed"])
-    return amount(value["median"], case.unit)
+    more = f" ({value['own']:.1f})" if "own" in value else ""
+    return amount(value["median"], case.unit) + more
 
 
 def amount(number: float, unit: str) -> str:
@@ -180,7 +190,7 @@ def amount(number: float, unit: str) -> str:
     if unit == "s":
         return f"{number * 1000:.3g} ms" if number < 1 else f"{number:.2f} s"
     if unit == "bytes":
-        return f"{number / 2**20:.1f} MiB"
+        return f"{number / 2**20:.1f} MiB" if number >= 2**20 else f"{number / 2**10:.0f} KiB"
     return f"{number:.1f}"
 
 
@@ -190,6 +200,8 @@ def _ratio(case: Case, ours: str, peer: str) -> str:
             text = figure(r["median"], loss=case.group not in _NO_LOSS)
             more = [f"{r[k]:.2f}" for k in ("best", "wall") if r.get(k) is not None]
             text += f" ({', '.join(more)})" if more else ""
+            if r.get("whole") is not None:
+                text += f" (whole {r['whole']:.2f})"
             if r.get("recovered") is not None:
                 text += f"; {r['recovered']:.0%} recovered"
             return text
@@ -212,7 +224,7 @@ def _remarks(cases: list[Case]) -> list[str]:
         f"- {c.name}: {k}: {v}"
         for c in cases
         for k, v in c.notes.items()
-        if not k.startswith(("bits", "LoRA's own"))
+        if not k.startswith(_COLUMNS)
     ]
     return ["", *found] if found else []
 
