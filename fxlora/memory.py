@@ -163,6 +163,30 @@ def memory(
     )
 
 
+def saved_by_node(
+    graph: GraphModule, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Returns what autograd saves at every node, and the size of every tensor, in bytes by node name.
+
+    Args:
+        graph: as `memory` takes it; not changed.
+        args: example inputs; only their sizes count.
+        kwargs: the same by name.
+
+    Raises:
+        TraceError: when the graph does not run on fake tensors.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.enable_grad():
+        run = _Saved(_fake(graph))
+        run.measure(
+            [_fake_tensor(a) for a in args],
+            {k: _fake_tensor(v) for k, v in (kwargs or {}).items()},
+        )
+    return {n.name: b for n, b in run.by_node.items()}, run.sizes
+
+
 def at_sizes(
     traced: GraphModule,
     args: Sequence[Any],
@@ -270,6 +294,7 @@ class _Saved:
     def __init__(self, fake: GraphModule) -> None:
         self._fake = fake
         self.by_node: dict[Node, int] = {}
+        self.sizes: dict[str, int] = {}
 
     def measure(self, args: list[Any], kwargs: dict[str, Any]) -> None:
         """Runs the graph.
@@ -292,10 +317,15 @@ class _Saved:
 
         kept: list[torch.Tensor] = []
 
+        sizes = self.sizes
+
         class Steps(Interpreter):
             def run_node(self, node: Node) -> Any:
                 at.append(node)
-                return super().run_node(node)
+                out = super().run_node(node)
+                if isinstance(out, torch.Tensor):
+                    sizes[node.name] = _bytes([out])
+                return out
 
             def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
                 if getattr(target, "__name__", "") in ("grouped_mm", "_grouped_mm"):

@@ -63,7 +63,7 @@ LAYERS = [
         "optimize.checkpoints",
         "optimize.groups",
     ],
-    ["optimize.orders"],
+    ["optimize.orders", "optimize.frontier"],
     ["optimize.run"],
     ["optimize"],
     ["coverage", "patterns"],

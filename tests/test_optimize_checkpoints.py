@@ -5,14 +5,16 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import pytest
 import torch
 from peft import LoraConfig
 from torch.fx import GraphModule
-from zoo import ZOO, tensors
+from zoo import ZOO, seed, tensors
 
 import fxlora
 from fxlora import peft_side
-from fxlora.optimize import report
+from fxlora.errors import ConfigError
+from fxlora.optimize import frontier, report
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
@@ -121,3 +123,24 @@ def test_a_layer_called_again_and_again_is_checkpointed_at_every_call() -> None:
     assert report(fast).step("checkpoints").changed == 4
     outs = [gradients(m.train(), inputs)[0] for m in (lora, fast)]
     assert torch.equal(*outs)
+
+
+def test_the_frontier_says_what_checkpointing_costs_here() -> None:
+    theirs, lora, inputs = llama(layers_to_transform=[2], layers_pattern="layers")
+    found = frontier(lora, (), inputs)
+    assert (found.layers, found.reached, found.first) == (3, 1, "model.layers.2")
+    assert found.passes == {"off": (3, 0, 1), "usual": (3, 3, 3), "frontier": (3, 1, 1)}
+    assert found.kept["off"] == saved(theirs.train(), inputs)
+    base = theirs.get_base_model()
+    base.enable_input_require_grads()
+    everywhere = saved(theirs, inputs)
+    assert found.kept["frontier"] < found.kept["usual"] < everywhere
+    first, *_, last = str(found).splitlines()
+    assert first == "a gradient reaches 1 of 3 layers; the first is model.layers.2"
+    assert last.startswith("fxlora.optimize(lora, checkpoint=True)")
+
+
+def test_a_graph_without_repeated_layers_has_no_frontier() -> None:
+    lora = fxlora.rewrite(fxlora.trace(seed()), LoraConfig(target_modules=["0"]))
+    with pytest.raises(ConfigError, match="no layer to checkpoint"):
+        frontier(lora, (torch.randn(2, 10),))

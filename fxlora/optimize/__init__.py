@@ -5,7 +5,8 @@ fast = fxlora.optimize(lora)            # the same bits, the same parameters, fe
 print(report(fast))                     # what every pass changed and what it left, with reasons
 """
 
+from fxlora.optimize.frontier import Frontier, frontier
 from fxlora.optimize.report import Refusal, Report, Step, report
 from fxlora.optimize.run import optimize
 
-__all__ = ["Refusal", "Report", "Step", "optimize", "report"]
+__all__ = ["Frontier", "Refusal", "Report", "Step", "frontier", "optimize", "report"]
