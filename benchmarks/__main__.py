@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import os
+import signal
 import sys
 import time
 import warnings
@@ -70,6 +71,8 @@ def measure(groups: Sequence[str], *, quick: bool) -> Run:
     from benchmarks.machine import machine, versions
 
     torch.set_num_threads(1)
+    for stop in (signal.SIGINT, signal.SIGTERM):  # a shell's background job ignores the first
+        signal.signal(stop, signal.default_int_handler)
     started = time.perf_counter()
 
     def say(what: str) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import doctest
 import time
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-from benchmarks import child, record, tables, timing
+from benchmarks import child, models, record, tables, timing
 from benchmarks.__main__ import LATEST, compared
 from benchmarks.record import Case, Run
 from benchmarks.timing import Contender, Samples
@@ -86,7 +88,8 @@ def test_a_failing_peer_is_a_row_and_not_the_end_of_the_run() -> None:
 
 
 def test_a_floor_is_taken_off_both_sizes() -> None:
-    assert trivial().cases[1].ratios == ({"ours": "a", "peer": "b", "median": 0.5},)
+    (found,) = trivial().cases[1].ratios
+    assert found == {"ours": "a", "peer": "b", "median": 0.5, "whole": 2 / 3}
 
 
 def test_a_run_comes_back_from_its_file_and_another_format_is_refused(tmp_path: Path) -> None:
@@ -136,6 +139,13 @@ def test_a_child_that_hangs_is_stopped_and_one_that_raises_says_why() -> None:
 
 def forever() -> None:
     time.sleep(600)
+
+
+@pytest.mark.parametrize("module", [timing, record, tables, models], ids=lambda m: m.__name__)
+def test_the_examples_in_docstrings_hold(module: ModuleType) -> None:
+    found = doctest.testmod(module)
+    assert found.attempted
+    assert not found.failed
 
 
 def test_the_docs_page_is_made_from_the_committed_numbers() -> None:
