@@ -17,6 +17,7 @@ from benchmarks.record import Case, Run, changes, joined, rank, read
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 LATEST = RESULTS / "latest.json"
+PICTURE = "benchmarks.svg"
 GROUPS = ("analysis", "drawing", "run", "gpu", "compile", "saved", "startup")
 
 
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     target.write_text(found.to_json(), encoding="utf-8")
     from benchmarks import plot, tables
 
-    text = tables.page(found, "benchmarks.svg")
+    text = tables.page(found, target.with_suffix(".svg").name)
     (target.with_suffix(".md")).write_text(text, encoding="utf-8") if asked.quick else None
     plot.save(found, target.with_suffix(".svg"))
     print(tables.body(found))
@@ -117,9 +118,9 @@ def publish(found: Run) -> None:
     from benchmarks import plot, tables
 
     docs = HERE.parent / "docs"
-    plot.save(found, docs / "pictures" / "benchmarks.svg")
+    plot.save(found, docs / PICTURE)
     page = docs / "benchmarks.md"
-    page.write_text(tables.page(found, "pictures/benchmarks.svg"), encoding="utf-8")
+    page.write_text(tables.page(found, PICTURE), encoding="utf-8")
     print(page)
 
 

@@ -179,7 +179,7 @@ def peaks(quick: bool, say: Callable[[str], None]) -> list[Case]:
 
         def one(name: str, shape: str = shape) -> dict[str, Any]:
             given = {"name": name, "shape": shape}
-            return child.call("benchmarks.analysis:peak_of", given, timeout=150)
+            return child.call("benchmarks.analysis:peak_of", given, timeout=90)
 
         with ThreadPoolExecutor(2) as pool:  # memory is not time: two may run at once
             got = dict(zip(jobs, pool.map(one, jobs), strict=True))

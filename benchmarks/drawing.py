@@ -24,7 +24,7 @@ MODELS = ("the seed", "GPT-2", "Llama-8B")
 
 def run(quick: bool, say: Callable[[str], None]) -> list[Case]:
     """Draws every model with every drawer, each in a process of its own under a hard timeout."""
-    timeout = 25.0 if quick else 90.0
+    timeout = 20.0 if quick else 45.0
     cases = []
     for name in MODELS[:1] if quick else MODELS:
         values: dict[str, dict[str, Any]] = {}

@@ -50,7 +50,7 @@ def saved_bytes(module: nn.Module, run: Callable[[], torch.Tensor]) -> int:
 def run(quick: bool, say: Callable[[str], None]) -> list[Case]:
     """Measures a q/k/v triple, a whole Llama, and adapters in its last layers only."""
     cases = []
-    tokens, width = (32, 256) if quick else (256, 768)
+    tokens, width = (32, 256) if quick else (64, 512)  # bytes per token and width stay
     for regime, dropout in _REGIMES[:2] if quick else _REGIMES:
         label = regime + (f", dropout {dropout}" if dropout else "")
         say(f"saved: {label}")
@@ -98,7 +98,7 @@ def _whole(
         found = interleave(
             {k: _step(v, inputs, regime) for k, v in sides.items() if v is not None},
             seconds=4,
-            rounds=(2, 9),
+            rounds=(1, 9),
         )
         pairs = [(OPTIMIZED, PEFT), (MEMORY, PEFT)]
         cases.append(timed("memory mode", f"Llama {layers} x {width}, {label}", found, pairs))

@@ -27,7 +27,7 @@ _TITLES = {
     ),
     "drawing": (
         "Drawing",
-        "From the model to an SVG file, each in a process of its own under a hard timeout. The "
+        "From the model to an SVG file, each in a process of its own, stopped at so many seconds of CPU. The "
         "others draw peft's wrapped model, ours the model before and after on one sheet; wrapping, "
         "tracing and rewriting are in the time. Llama-8B is on meta. FxGraphDrawer gets an "
         "exported graph, because symbolic tracing follows neither peft nor transformers. A small "

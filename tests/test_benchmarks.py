@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 
 from benchmarks import child, models, record, tables, timing
-from benchmarks.__main__ import LATEST, compared
+from benchmarks.__main__ import LATEST, PICTURE, compared
 from benchmarks.record import Case, Run
 from benchmarks.timing import Contender, Samples
 
@@ -134,11 +134,21 @@ def test_a_child_that_hangs_is_stopped_and_one_that_raises_says_why() -> None:
     slept = child.call("time:sleep", {}, timeout=20)
     assert slept["failed"].startswith("TypeError")
     hung = child.call("test_benchmarks:forever", {}, timeout=2, path=Path(__file__).parent)
-    assert hung == {"failed": "stopped at 2 s"}
+    assert hung == {"failed": "stopped at 8 s"}
+
+
+def test_a_child_that_computes_without_end_is_stopped_by_its_cpu_time() -> None:
+    busy = child.call("test_benchmarks:busy", {}, timeout=4, path=Path(__file__).parent)
+    assert busy == {"failed": "stopped at 4 s of CPU"}
 
 
 def forever() -> None:
     time.sleep(600)
+
+
+def busy() -> None:
+    while True:
+        pass
 
 
 @pytest.mark.parametrize("module", [timing, record, tables, models], ids=lambda m: m.__name__)
@@ -150,4 +160,4 @@ def test_the_examples_in_docstrings_hold(module: ModuleType) -> None:
 
 def test_the_docs_page_is_made_from_the_committed_numbers() -> None:
     page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
-    assert page == tables.page(record.read(LATEST), "pictures/benchmarks.svg")
+    assert page == tables.page(record.read(LATEST), PICTURE)
