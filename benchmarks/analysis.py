@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -128,16 +128,16 @@ PAIRS = [
 ]
 
 
-def run(quick: bool, say: Callable[[str], None]) -> list[Case]:
+def run(quick: bool, say: Callable[[str], None]) -> Iterator[Case]:
     """Measures the shapes, the growth with depth, and the peak of memory."""
-    cases = []
-    for shape in ("Llama-8B",) if quick else models.SHAPES:
+    for shape in ("Llama-8B",) if quick else ("Llama-8B", "Llama-405B", "Llama-70B"):
         say(f"analysis: {shape}")
-        cases.append(one_shape(shape, quick=quick))
+        yield one_shape(shape, quick=quick)
+        if shape != "Llama-70B":
+            say(f"peak: {shape}")
+            yield peak_memory(shape, quick=quick)
     say("growth with depth")
-    cases += growth(quick=quick)
-    cases += peaks(quick, say)
-    return cases
+    yield from growth(quick=quick)
 
 
 def one_shape(shape: str, *, quick: bool) -> Case:
@@ -149,7 +149,7 @@ def one_shape(shape: str, *, quick: bool) -> Case:
     if quick:
         found = interleave(contenders(FAST), seconds=2, rounds=(1, 3))
         return timed("analysis", shape, found, PAIRS, floors=(FORWARD,))
-    fast = interleave(contenders((*FAST, RUNNABLE, INFO)), seconds=10, rounds=(2, 7))
+    fast = interleave(contenders((*FAST, RUNNABLE, INFO)), seconds=6, rounds=(2, 5))
     slow = interleave(contenders((WRAP_TRACE, COMPARE, VIEW, EXPORT)), rounds=(1, 1), warm=False)
     made = timed("analysis", shape, {**fast, **slow}, PAIRS, floors=(FORWARD,))
     return replace(made, values={k: made.values[k] for k in JOBS})
@@ -164,29 +164,25 @@ def growth(*, quick: bool) -> list[Case]:
             contenders[f"{name}, {depth} layers"] = Contender(
                 JOBS[name], lambda depth=depth: models.llama("Llama-405B", depth)
             )
-    found = interleave(contenders, seconds=2 if quick else 8, rounds=(1 if quick else 2, 5))
+    found = interleave(contenders, seconds=2 if quick else 6, rounds=(1 if quick else 2, 3))
     few, many = depths
     pairs = [(f"{name}, {few} layers", f"{name}, {many} layers") for name in (WRAP, SITES, GRAPH)]
     return [timed("growth", f"Llama-405B's width, {few} and {many} layers", found, pairs)]
 
 
-def peaks(quick: bool, say: Callable[[str], None]) -> list[Case]:
+def peak_memory(shape: str, *, quick: bool) -> Case:
     """Measures the most memory each job holds above the model, each in a process of its own."""
-    cases = []
     jobs = (WRAP, SITES, GRAPH) if quick else (WRAP, SITES, GRAPH, COMPARE, INFO, VIEW, EXPORT)
-    for shape in ("Llama-8B",) if quick else ("Llama-8B", "Llama-405B"):
-        say(f"peak: {shape}")
 
-        def one(name: str, shape: str = shape) -> dict[str, Any]:
-            given = {"name": name, "shape": shape}
-            return child.call("benchmarks.analysis:peak_of", given, timeout=90)
+    def one(name: str) -> dict[str, Any]:
+        given = {"name": name, "shape": shape}
+        return child.call("benchmarks.analysis:peak_of", given, timeout=90)
 
-        with ThreadPoolExecutor(2) as pool:  # memory is not time: two may run at once
-            got = dict(zip(jobs, pool.map(one, jobs), strict=True))
-        values = {k: v["peak"] for k, v in got.items() if "failed" not in v}
-        notes = {k: v["failed"] for k, v in got.items() if "failed" in v}
-        cases.append(sized("peak", shape, values, PAIRS, notes=notes))
-    return cases
+    with ThreadPoolExecutor(2) as pool:  # memory is not time: two may run at once
+        got = dict(zip(jobs, pool.map(one, jobs), strict=True))
+    values = {k: v["peak"] for k, v in got.items() if "failed" not in v}
+    notes = {k: v["failed"] for k, v in got.items() if "failed" in v}
+    return sized("peak", shape, values, PAIRS, notes=notes)
 
 
 def peak_of(name: str, shape: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import io
 import re
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,9 @@ OURS = "fxlora_viz"
 MODELS = ("the seed", "GPT-2", "Llama-8B")
 
 
-def run(quick: bool, say: Callable[[str], None]) -> list[Case]:
+def run(quick: bool, say: Callable[[str], None]) -> Iterator[Case]:
     """Draws every model with every drawer, each in a process of its own under a hard timeout."""
     timeout = 20.0 if quick else 45.0
-    cases = []
     for name in MODELS[:1] if quick else MODELS:
         values: dict[str, dict[str, Any]] = {}
         for drawer in DRAWERS:
@@ -33,8 +32,7 @@ def run(quick: bool, say: Callable[[str], None]) -> list[Case]:
             values[drawer] = child.call(
                 "benchmarks.drawing:draw_one", {"drawer": drawer, "name": name}, timeout=timeout
             )
-        cases.append(Case("drawing", name, "s", values, (), tuple(_ratios(values))))
-    return cases
+        yield Case("drawing", name, "s", values, (), tuple(_ratios(values)))
 
 
 def _ratios(values: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:

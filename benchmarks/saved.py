@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -47,19 +47,17 @@ def saved_bytes(module: nn.Module, run: Callable[[], torch.Tensor]) -> int:
     return total
 
 
-def run(quick: bool, say: Callable[[str], None]) -> list[Case]:
+def run(quick: bool, say: Callable[[str], None]) -> Iterator[Case]:
     """Measures a q/k/v triple, a whole Llama, and adapters in its last layers only."""
-    cases = []
     tokens, width = (32, 256) if quick else (64, 512)  # bytes per token and width stay
     for regime, dropout in _REGIMES[:2] if quick else _REGIMES:
         label = regime + (f", dropout {dropout}" if dropout else "")
         say(f"saved: {label}")
-        cases.append(_triple(regime, dropout, label, tokens, width))
-        cases += _whole(regime, dropout, label, 2 if quick else 4, tokens, width)
+        yield _triple(regime, dropout, label, tokens, width)
+        yield from _whole(regime, dropout, label, 2 if quick else 4, tokens, width)
     for last in (1,) if quick else (2, 4, 8):
         say(f"frontier: last {last} layers")
-        cases += frontier(4 if quick else 8, last, tokens, width)
-    return cases
+        yield from frontier(4 if quick else 8, last, tokens, width)
 
 
 _REGIMES = (("default", 0.0), ("fp32", 0.0), ("bf16", 0.0), ("autocast", 0.0), ("fp32", 0.1))
