@@ -23,6 +23,7 @@ from fxlora.plan import plan as make_plan
 from fxlora.rewrite import rewrite, rewrite_as_peft, trained_values
 from fxlora.trace import trace
 from fxlora.trace.arguments import tensors_inside
+from fxlora.trace.bulk import uncollected
 
 SEED = 0
 
@@ -195,7 +196,8 @@ def compare(
         torch.manual_seed(SEED)
         ours = rewrite(traced, plan)
         as_peft = _as_peft(traced, plan, known, ours)
-        peft_model = peft_side.wrap(model, config, SEED)
+        with uncollected():
+            peft_model = peft_side.wrap(model, config, SEED)
         theirs = peft_side.wrapped(peft_model)
         # In eval mode torch's fused encoder kernel runs past PEFT's adapters; what there is to
         # prove then is proved in train mode, and the divergence says the rest.
@@ -384,7 +386,9 @@ def _certificate(
         problem = str(e) if isinstance(e, TraceError) else f"{type(e).__name__}: {e}"
         return Certificate(mine.digest, "", False, len(mine.nodes), problem=problem)
     mode = info(traced).mode
-    return certify(canonical(ours, mode=mode), canonical(traced, peft_side.common_name, mode))
+    with uncollected():
+        mine, other = canonical(ours, mode=mode), canonical(traced, peft_side.common_name, mode)
+    return certify(mine, other)
 
 
 def certify(mine: Canonical, other: Canonical) -> Certificate:

@@ -26,7 +26,7 @@ from fxlora.nodes import Entry, attribute
 from fxlora.plan import Plan, PlannedSite, adapted_modules
 from fxlora.plan import plan as make_plan
 from fxlora.reach import checked
-from fxlora.trace.bulk import copy_graph
+from fxlora.trace.bulk import copy_graph, uncollected
 from fxlora.trace.shell import frozen_view, shell
 from fxlora.trace.tracer import graph_module
 from fxlora.tree import hang
@@ -76,7 +76,8 @@ def rewrite(
             f"reach={checked(reach)} and a plan made with reach={made.reach}: give it to fxlora.plan"
         )
     check_plan(traced, made)
-    return assemble(traced, {made.adapter: build(traced, made)}, (made.adapter,))
+    with uncollected():
+        return assemble(traced, {made.adapter: build(traced, made)}, (made.adapter,))
 
 
 def rewrite_as_peft(traced: GraphModule, plan: Plan, quirks: frozenset[str]) -> GraphModule:

@@ -387,3 +387,22 @@ def test_a_row_named_twice_trains_twice_as_in_peft() -> None:
     result = fxlora.compare(Rows(), config, (torch.arange(10),))
     assert result.equal, str(result)
     assert result.plan.tokens[0].numel == 8
+
+
+def test_a_plan_of_a_model_is_the_plan_of_its_graph() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=3,
+                         num_attention_heads=4, vocab_size=99)  # fmt: skip
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    lora = LoraConfig(target_modules=["q_proj", "down_proj"])
+    assert fxlora.plan(model, lora).to_dict() == fxlora.plan(fxlora.trace(model), lora).to_dict()
+    assert set(dict(model.named_modules())) == set(dict(LlamaForCausalLM(config).named_modules()))
+
+
+def test_a_plan_of_a_model_is_for_looking_at() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    lora = LoraConfig(target_modules=["0"])
+    with pytest.raises(ValueError, match="plan again with fxlora"):
+        fxlora.rewrite(fxlora.trace(model), fxlora.plan(model, lora, args=(torch.ones(1, 4),)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import operator
 import threading
 from collections.abc import Callable
@@ -516,6 +517,110 @@ class TestReplay:
             with torch.device("meta"):
                 model = LlamaForCausalLM(config)
             assert info(fxlora.trace(model)).replayed == layers - 1
+
+
+class Switched(nn.Module):
+    """A block that asks for the mode, draws in train mode, and repeats a block of its own."""
+
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            h = F.dropout(self.lin(x), 0.5, training=self.training)
+            return h, h.add(x)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.ModuleList(self.Inner() for _ in range(3))
+        self.norm = nn.LayerNorm(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            torch.rand([])
+        for inner in self.inner:
+            _, x = inner(x)
+        return F.dropout(self.norm(x), 0.25, training=self.training)
+
+
+class Stacked(nn.Module):
+    """Blocks that are called twice each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Switched() for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in (*self.layers, *self.layers):
+            x = layer(x)
+        return x
+
+
+class TestRepeats:
+    """Blocks in blocks, called again, in two modes: repeated where they need not be run."""
+
+    @pytest.mark.parametrize("mode", [True, False])
+    def test_blocks_in_blocks_that_switch_with_the_mode_give_the_fully_traced_graph(
+        self, mode: bool
+    ) -> None:
+        model = Stacked().train(mode)
+        fast = fxlora.trace(model, (torch.ones(2, 4),))
+        full = fxlora.trace(model, (torch.ones(2, 4),), replay=False)
+        assert info(fast).replayed > 4
+        assert info(fast).mode is info(full).mode is None
+        assert fast.code == full.code
+        x = torch.randn(5, 4)
+        for m in (model, fast, full):
+            m.train()
+        runs = []
+        for m in (model, fast, full):
+            torch.manual_seed(1)
+            runs.append(m(x))
+        assert torch.equal(runs[0], runs[1])
+        assert torch.equal(runs[0], runs[2])
+        assert torch.equal(fast.eval()(x), model.eval()(x))
+
+    def test_what_an_equal_call_gave_is_memory_of_its_own(self) -> None:
+        class Twice(nn.Module):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                a, b = x * 2, x * 2
+                a.add_(1)
+                return a + b
+
+        x = torch.randn(3, 4)
+        traced = fxlora.trace(Twice(), (x,))
+        assert torch.equal(traced(x), Twice()(x))
+        add = next(n for n in traced.graph.nodes if n.target == "add_")
+        assert add.meta["mutates"] == (add.args[0],)
+
+
+class TestLazyCode:
+    """Code is made when it is asked for, and made anew with a new graph."""
+
+    def test_code_is_made_at_the_first_call_and_hooks_run_once(self) -> None:
+        traced = fxlora.trace(nn.Sequential(nn.Linear(4, 4)))
+        assert "forward" not in vars(type(traced))
+        seen: list[int] = []
+        traced.register_forward_hook(lambda *_: seen.append(1))
+        traced(torch.ones(1, 4))
+        assert seen == [1]
+        assert "forward" in vars(type(traced))
+
+    def test_the_signature_is_that_of_the_graph(self) -> None:
+        traced = fxlora.trace(nn.Sequential(nn.Linear(4, 4)))
+        assert list(inspect.signature(traced.forward).parameters) == ["input"]
+        other = fxlora.trace(nn.Sequential(nn.Linear(4, 4)))
+        assert "input" in inspect.signature(type(other).forward).parameters
+
+    def test_a_new_graph_makes_new_code(self) -> None:
+        traced = fxlora.trace(nn.Sequential(nn.Linear(4, 4)))
+        before = traced.code
+        graph = torch.fx.Graph()
+        graph.output(graph.placeholder("input"))
+        traced.graph = graph
+        assert traced.code != before
+        assert torch.equal(traced(torch.ones(2)), torch.ones(2))
 
 
 POWERS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {

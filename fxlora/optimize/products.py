@@ -3,7 +3,8 @@
     torch.add(y, F.linear(h, B), alpha=s)  ->  add_product(y, h, B, s) = addmm(y, h, B^T, alpha=s)
 
 Bits stay where it is one: in float32, outside autocast, for ranks up to 128 (a longer sum is split
-by the BLAS and added in pieces). Elsewhere the function makes the two steps it stands for. It saves
+by the BLAS and added in pieces) and scalings that are a power of two (addmm's backward pass scales
+behind its products). Elsewhere the function makes the two steps it stands for. It saves
 a pass over the output and two launches a site.
 """
 
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 from fxlora.optimize import functions
 from fxlora.optimize.edit import only_user, replaced, weight_at
 from fxlora.optimize.report import Refusal, Step, site_of
+from fxlora.optimize.scalings import is_power_of_two
 
 MOST = 128  # the longest inner dimension the BLAS sums up in one go
 
@@ -41,6 +43,9 @@ def products(graph: Graph, root: nn.Module) -> Step:
 def _why_not(root: nn.Module, node: Node, product: object) -> str:
     if not isinstance(product, Node) or product.target is not F.linear or len(product.args) != 2:
         return "its last map is no product without a bias"
+    alpha = node.kwargs["alpha"]
+    if not isinstance(alpha, float) or not is_power_of_two(alpha):
+        return "its scaling is no power of two, and addmm scales after the backward products"
     weight = weight_at(root, product.args[1])
     if weight is None or not only_user(product, node):
         return "its last product has another reader"
@@ -48,11 +53,11 @@ def _why_not(root: nn.Module, node: Node, product: object) -> str:
         return f"in {weight.dtype} one step rounds less often than two"
     if weight.shape[1] > MOST:
         return f"its rank is above {MOST}, where the BLAS adds in pieces"
-    base = product_base(root, node.args[0])
+    base = _is_float32(root, node.args[0])
     return "" if base else "its base is in another dtype than the adapter"
 
 
-def product_base(root: nn.Module, node: object) -> bool:
+def _is_float32(root: nn.Module, node: object) -> bool:
     """Whether the other summand may be in float32: not when its own weight says otherwise."""
     if isinstance(node, Node) and node.target is F.linear:
         weight = weight_at(root, node.args[1])

@@ -56,7 +56,7 @@ def optimize(lora: GraphModule, *, mode: str = "exact", checkpoint: bool = False
     >>> from peft import LoraConfig
     >>> model = torch.nn.Sequential(torch.nn.Linear(10, 20), torch.nn.Linear(20, 5))
     >>> lora = fxlora.rewrite(fxlora.trace(model), LoraConfig(r=4, target_modules=["0"]))
-    >>> fast = fxlora.optimize(lora)
+    >>> fast = optimize(lora)
     >>> len(lora.graph.nodes), len(fast.graph.nodes)
     (11, 10)
     """

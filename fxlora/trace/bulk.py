@@ -6,10 +6,28 @@ making a node takes. A node that is copied was looked at when it was made.
 
 from __future__ import annotations
 
+import contextlib
+import gc
+from collections.abc import Iterator
 from typing import Any
 
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Puts off looking for garbage: a graph is kept, and the search goes through all of torch.
+
+    Python looks again whenever a quarter has been added to what there is.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def create_after(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from types import CodeType
 from typing import Any
 
 import torch
@@ -13,6 +15,13 @@ from fxlora.trace.shell import GraphHelper
 
 _FUNCTIONS: dict[str, Any] = {f.__name__: f for f in (*sizes._BY_NAME.values(), sizes.choose)}
 _FUNCTIONS.update(ceil=math.ceil, floor=math.floor, pow=pow)
+_SCOPE: dict[str, Any] = {"__builtins__": {}, **_FUNCTIONS}
+
+
+@functools.cache
+def _code(conditions: tuple[str, ...]) -> CodeType:
+    """Returns conditions as one compiled expression: a call of the graph must not parse text."""
+    return compile(" and ".join(f"({c})" for c in conditions), "<guards>", "eval")
 
 
 class _Missing:
@@ -101,9 +110,9 @@ class InputGuards(GraphHelper):
                 )
         if self.conditions:
             values = {s: tensors[i].size(d) for s, (i, d) in self.symbols.items()}
-            for condition in self.conditions:
-                if not eval(condition, {"__builtins__": {}, **_FUNCTIONS}, values):
-                    raise GuardError(self._violation(condition, values))
+            if not eval(_code(self.conditions), _SCOPE, values):
+                broken = next(c for c in self.conditions if not eval(_code((c,)), _SCOPE, values))
+                raise GuardError(self._violation(broken, values))
 
     def _violation(self, condition: str, values: dict[str, int]) -> str:
         names = [f"{self.names[i]}.size({d})={values[s]}" for s, (i, d) in self.symbols.items()]

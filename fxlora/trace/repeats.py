@@ -140,7 +140,7 @@ class _Writing:
         self._old, self._inserted, self._modules = graph, inserted, modules
         self._writer = Writer()
         self._top: dict[Node, Node] = {}
-        self._modes: dict[str, Node] = {}  # path -> the one node that asks that ByMode
+        self._modes: dict[str, Node] = {}  # path -> the one node that calls that inserted module
         self._templates: dict[Block, list[tuple[Node, bool]]] = {}
 
     def run(self) -> tuple[Graph, dict[str, nn.Module]]:
@@ -252,9 +252,11 @@ class _Writing:
                 continue
             if node.op in ("call_module", "get_attr"):
                 target = moved(target, old, path)
-            if is_new and not self._wanted(node, target):
-                local[node] = self._modes[target]
-                continue
+            if is_new:
+                target = self._switch(node, target)
+                if target in self._modes:
+                    local[node] = self._modes[target]
+                    continue
             meta = dict(node.meta)
             meta["module_stack"] = stacks[before]
             if "mutates" in meta:
@@ -266,15 +268,19 @@ class _Writing:
                 self._modes[target] = local[node]
         return [new(n) for n in block.outs]
 
-    def _wanted(self, node: Node, path: str) -> bool:
-        """Gives an inserted node its module; whether it is to be copied, too.
+    def _switch(self, node: Node, path: str) -> str:
+        """Hangs in the module an inserted node calls under a path, and returns where.
 
         A constant of a mode is asked for once per module; a draw is made at every call.
         """
         module = self._modules[str(node.target)]
         if isinstance(module, ByMode):
             self._modules.setdefault(path, ByMode(module.train_value, module.eval_value))
-            return path not in self._modes
+            return path
         assert isinstance(module, TrainOnly)
+        above, _, number = path.rpartition("_")
+        while path in self._modes:
+            number = str(int(number) + 1)
+            path = f"{above}_{number}"
         self._modules.setdefault(path, TrainOnly(module.function))
-        return True
+        return path

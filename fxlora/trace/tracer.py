@@ -12,6 +12,7 @@ from torch.fx import Graph, GraphModule
 from fxlora.errors import TraceError
 from fxlora.facts import KEY, TraceInfo
 from fxlora.trace import concrete, examples, modes, repeats, symbolic
+from fxlora.trace.bulk import uncollected
 from fxlora.trace.lazy import LazyGraphModule
 from fxlora.trace.shell import module_types, shell
 
@@ -72,7 +73,8 @@ def trace(
         if not examples.is_transformers(model):
             return _symbolic(model)
         kwargs = examples.inputs(model)
-    return _concrete(model, tuple(args), kwargs, dynamic=dynamic, replay=replay)
+    with uncollected():
+        return _concrete(model, tuple(args), kwargs, dynamic=dynamic, replay=replay)
 
 
 def outline(
@@ -95,13 +97,14 @@ def outline(
         with torch.inference_mode(False):
             return concrete.record(model, args, kwargs, mode=mode, dynamic=dynamic, replay=True)
 
-    now, mode, _, notes = _first(record, bool(model.training), False)
+    with uncollected():
+        now, mode, _, notes = _first(record, bool(model.training), False)
+        graph, _ = repeats.written(now.graph, {}, {})
+        concrete.sweep(graph)
     facts = TraceInfo(
         model_class=type(model).__name__, module_types=module_types(model), mode=mode,
         notes=(*notes, *now.notes), replayed=now.replayed, model=model,
     )  # fmt: skip
-    graph, _ = repeats.written(now.graph, {}, {})
-    concrete.sweep(graph)
     return graph_module(model, graph, facts)
 
 
