@@ -18,7 +18,6 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 _MARK = "benchmarks.child answers "
-_PATIENCE = 4  # a busy machine gives a process a part of a core; that is not its fault
 
 
 def call(
@@ -27,15 +26,17 @@ def call(
     *,
     timeout: float,
     path: Path = ROOT,
+    patience: float = 4.0,
 ) -> dict[str, Any]:
     """Runs `where` ("module:function") in a new process on `given`, which are its keywords.
 
     Args:
         where: the function.
         given: its keywords, as JSON can hold them.
-        timeout: seconds of CPU after which the process is ended, or a program it started; after
-            four times as many by the clock all of it is, whatever it waits for.
+        timeout: seconds of CPU after which the process is ended, or a program it started.
         path: where the module is looked up first.
+        patience: after so many times as many seconds by the clock everything is ended. A busy
+            machine gives a process a part of a core, which is not its fault.
 
     Returns:
         What the function returned, a dictionary; or `{"failed": why}` when it raised, crashed or
@@ -61,11 +62,11 @@ def call(
             start_new_session=True,
         )
         try:
-            out, err = child.communicate(timeout=_PATIENCE * timeout)
+            out, err = child.communicate(timeout=patience * timeout)
         except subprocess.TimeoutExpired:
             os.killpg(child.pid, signal.SIGKILL)
             child.communicate()
-            return {"failed": f"stopped at {_PATIENCE * timeout:.0f} s"}
+            return {"failed": f"stopped at {patience * timeout:.0f} s"}
         except BaseException:
             os.killpg(child.pid, signal.SIGKILL)
             raise

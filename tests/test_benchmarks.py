@@ -130,25 +130,24 @@ def test_groups_not_measured_again_are_kept() -> None:
     assert [c.name for c in record.joined(old, new).cases] == ["a sum", "new"]
 
 
-def test_a_child_that_hangs_is_stopped_and_one_that_raises_says_why() -> None:
-    slept = child.call("time:sleep", {}, timeout=20)
-    assert slept["failed"].startswith("TypeError")
-    hung = child.call("test_benchmarks:forever", {}, timeout=2, path=Path(__file__).parent)
-    assert hung == {"failed": "stopped at 8 s"}
+def test_a_child_that_hangs_computes_without_end_or_raises_is_stopped_and_says_why(
+    tmp_path: Path,
+) -> None:
+    text = """\
+import time
+def hangs(): time.sleep(600)
+def computes():
+    while True: pass
+def raises(): raise ValueError("no more")
+"""
+    (tmp_path / "peers.py").write_text(text, encoding="utf-8")
 
+    def call(name: str, patience: float) -> dict[str, str]:
+        return child.call(f"peers:{name}", {}, timeout=1, path=tmp_path, patience=patience)
 
-def test_a_child_that_computes_without_end_is_stopped_by_its_cpu_time() -> None:
-    busy = child.call("test_benchmarks:busy", {}, timeout=4, path=Path(__file__).parent)
-    assert busy == {"failed": "stopped at 4 s of CPU"}
-
-
-def forever() -> None:
-    time.sleep(600)
-
-
-def busy() -> None:
-    while True:
-        pass
+    assert call("hangs", 3) == {"failed": "stopped at 3 s"}
+    assert call("computes", 300) == {"failed": "stopped at 1 s of CPU"}
+    assert call("raises", 300) == {"failed": "ValueError: no more"}
 
 
 @pytest.mark.parametrize("module", [timing, record, tables, models], ids=lambda m: m.__name__)
