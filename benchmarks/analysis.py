@@ -130,14 +130,16 @@ PAIRS = [
 
 def run(quick: bool, say: Callable[[str], None]) -> Iterator[Case]:
     """Measures the shapes, the growth with depth, and the peak of memory."""
-    for shape in ("Llama-8B",) if quick else ("Llama-8B", "Llama-405B", "Llama-70B"):
+    shapes = ("Llama-8B", "Llama-405B") if quick else tuple(models.SHAPES)
+    for shape in shapes:
         say(f"analysis: {shape}")
         yield one_shape(shape, quick=quick)
-        if shape != "Llama-70B":
-            say(f"peak: {shape}")
-            yield peak_memory(shape, quick=quick)
-    say("growth with depth")
-    yield from growth(quick=quick)
+    if not quick:
+        say("growth with depth")
+        yield growth()
+    for shape in ("Llama-8B",) if quick else ("Llama-8B", "Llama-405B"):
+        say(f"peak: {shape}")
+        yield peak_memory(shape, quick=quick)
 
 
 def one_shape(shape: str, *, quick: bool) -> Case:
@@ -147,7 +149,7 @@ def one_shape(shape: str, *, quick: bool) -> Case:
         return {k: Contender(JOBS[k], lambda: models.llama(shape)) for k in names}
 
     if quick:
-        found = interleave(contenders(FAST), seconds=2, rounds=(1, 3))
+        found = interleave(contenders(FAST), seconds=2, rounds=(1, 2))
         return timed("analysis", shape, found, PAIRS, floors=(FORWARD,))
     fast = interleave(contenders((*FAST, RUNNABLE, INFO)), seconds=6, rounds=(2, 5))
     slow = interleave(contenders((WRAP_TRACE, COMPARE, VIEW, EXPORT)), rounds=(1, 1), warm=False)
@@ -155,19 +157,19 @@ def one_shape(shape: str, *, quick: bool) -> Case:
     return replace(made, values={k: made.values[k] for k in JOBS})
 
 
-def growth(*, quick: bool) -> list[Case]:
+def growth() -> Case:
     """Measures one width at two depths: what grows is the part that each site costs."""
-    depths = (4, 16) if quick else (32, 126)
-    contenders = {}
-    for depth in depths:
-        for name in (WRAP, SITES, GRAPH):
-            contenders[f"{name}, {depth} layers"] = Contender(
-                JOBS[name], lambda depth=depth: models.llama("Llama-405B", depth)
-            )
-    found = interleave(contenders, seconds=2 if quick else 6, rounds=(1 if quick else 2, 3))
-    few, many = depths
+    few, many = 32, 126
+    contenders = {
+        f"{name}, {depth} layers": Contender(
+            JOBS[name], lambda depth=depth: models.llama("Llama-405B", depth)
+        )
+        for depth in (few, many)
+        for name in (WRAP, SITES, GRAPH)
+    }
+    found = interleave(contenders, seconds=6, rounds=(2, 3))
     pairs = [(f"{name}, {few} layers", f"{name}, {many} layers") for name in (WRAP, SITES, GRAPH)]
-    return [timed("growth", f"Llama-405B's width, {few} and {many} layers", found, pairs)]
+    return timed("growth", f"Llama-405B's width, {few} and {many} layers", found, pairs)
 
 
 def peak_memory(shape: str, *, quick: bool) -> Case:

@@ -114,7 +114,7 @@ class Run:
         date: of the run, as YYYY-MM-DD.
         machine: the processor, its cores, its memory, a GPU if one was there.
         versions: of Python and of every package that was measured.
-        quick: whether the short form was run.
+        quick: whether any of it is the short form.
         cases: the rows, in order.
         lines: what else the page should say, such as that no GPU was there.
     """
@@ -159,7 +159,8 @@ def joined(old: Run, new: Run) -> Run:
     measured = {c.group for c in new.cases}
     kept = tuple(c for c in old.cases if c.group not in measured)
     cases = tuple(sorted((*kept, *new.cases), key=lambda c: rank(c.group)))
-    return Run(new.date, new.machine, new.versions, new.quick, cases, new.lines)
+    quick = new.quick or (bool(kept) and old.quick)
+    return Run(new.date, new.machine, new.versions, quick, cases, new.lines)
 
 
 ORDER = (

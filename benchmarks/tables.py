@@ -97,7 +97,7 @@ def page(found: Run, picture: str) -> str:
     """Returns the docs page."""
     on = ", ".join(f"{k} {v}" for k, v in found.machine.items())
     with_ = ", ".join(f"{k} {v}" for k, v in found.versions.items())
-    quick = " The short form." if found.quick else ""
+    quick = " Some or all of it in the short form." if found.quick else ""
     lines = "\n".join(found.lines)
     return "\n".join(
         [
