@@ -38,9 +38,10 @@ SAMPLE = [next(r for r in POWERED if kind in r.id) for kind in KINDS]
 
 def assert_peft_s_bits(row: Row) -> None:
     _, traced = given(row)
-    theirs = peft_side.wrap(copy.deepcopy(row.build()), row.config(), SEED)
+    model = row.build()
+    theirs = peft_side.wrap(copy.deepcopy(model), row.config(), SEED)
     torch.manual_seed(SEED)
-    pair = fill(Pair(row, row.build(), traced, fxlora.rewrite(traced, row.config()), theirs))
+    pair = fill(Pair(row, model, traced, fxlora.rewrite(traced, row.config()), theirs))
     fast = fxlora.optimize(pair.ours)
     for training in (False, True):
         if training or not row.dead_in_eval:

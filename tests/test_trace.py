@@ -519,6 +519,34 @@ class TestReplay:
             assert info(fxlora.trace(model)).replayed == layers - 1
 
 
+# Model type -> what keeps it small; more than two layers, so that there is something to repeat.
+_SMALL = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 99, "head_dim": 8, "pad_token_id": 0,
+}  # fmt: skip
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {}, "gpt2": {}, "qwen2": {}, "qwen3": {}, "mixtral": {},
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_an_architecture_replayed_equals_it_run_in_full(kind: str) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(kind, **{**_SMALL, **ARCHITECTURES[kind]})
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    fast, full = fxlora.trace(model), fxlora.trace(model, replay=False)
+    assert info(fast).replayed > 0
+    assert info(fast).guards == info(full).guards
+    for a, b in zip(fast.graph.nodes, full.graph.nodes, strict=True):
+        assert (a.name, a.op, a.target) == (b.name, b.op, b.target) or a.target == "_guards"
+        assert str((a.args, a.kwargs)) == str((b.args, b.kwargs))
+        for key in ("module_stack", "shape", "dtype", "source", "grad_enabled"):
+            assert a.meta.get(key) == b.meta.get(key), (a, key)
+
+
 class Switched(nn.Module):
     """A block that asks for the mode, draws in train mode, and repeats a block of its own."""
 

@@ -57,8 +57,8 @@ def optimize(lora: GraphModule, *, mode: str = "exact", checkpoint: bool = False
     >>> model = torch.nn.Sequential(torch.nn.Linear(10, 20), torch.nn.Linear(20, 5))
     >>> lora = fxlora.rewrite(fxlora.trace(model), LoraConfig(r=4, target_modules=["0"]))
     >>> fast = optimize(lora)
-    >>> len(lora.graph.nodes), len(fast.graph.nodes)
-    (11, 10)
+    >>> [sum(n.op.startswith("call") for n in g.graph.nodes) for g in (lora, fast)]
+    [9, 4]
     """
     if mode not in MODES:
         raise ConfigError(f"mode={mode!r} is none of {list(MODES)}.{did_you_mean(mode, MODES)}")
