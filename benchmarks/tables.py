@@ -117,7 +117,9 @@ def page(found: Run, picture: str) -> str:
 def _losses(found: Run) -> str:
     ratios = [r for c in found.cases if c.group not in _NO_LOSS for r in c.ratios]
     lost = sum(r["median"] < _LOSS for r in ratios)
-    return f"{len(ratios)} ratios; {lost} of them are losses."
+    absent = [g for g in ORDER if g != "gpu" and not any(c.group == g for c in found.cases)]
+    more = f" Not measured in this file: {', '.join(absent)}." if absent else ""
+    return f"{len(ratios)} ratios; {lost} of them are losses.{more}"
 
 
 _LOSS = 0.99
