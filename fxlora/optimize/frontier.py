@@ -18,8 +18,8 @@ from fxlora.gradients import requires_grad
 from fxlora.memory import human_bytes, saved_by_node
 from fxlora.optimize.checkpoints import reached
 from fxlora.optimize.segments import Segment, segments
-from fxlora.rewrite import copy_graph
 from fxlora.text import count, table
+from fxlora.trace.bulk import copy_graph
 from fxlora.trace.shell import shell
 from fxlora.trace.tracer import graph_module
 

@@ -21,7 +21,7 @@ from fxlora.optimize.reads import read_quickly
 from fxlora.optimize.report import KEY, Report, Step
 from fxlora.optimize.scalings import scalings
 from fxlora.optimize.shared_casts import shared_casts
-from fxlora.rewrite import copy_graph
+from fxlora.trace.bulk import copy_graph
 from fxlora.trace.shell import shell
 from fxlora.trace.tracer import graph_module
 
