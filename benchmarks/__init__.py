@@ -1,0 +1,1 @@
+"""Benchmarks of fxlora against its peers: `bash benchmarks/run.sh`, or `python -m benchmarks`."""
