@@ -47,6 +47,11 @@ class LazyGraphModule(GraphModule):
         made: str = self._code
         return made
 
+    def __reduce__(self) -> Any:
+        # What is pickled is the code, taken from the attributes before they could be made.
+        _ = self.code
+        return super().__reduce__()
+
     def __str__(self) -> str:
         _ = self.code
         return super().__str__()

@@ -113,10 +113,13 @@ class Maker:
         state = (torch.is_grad_enabled(), torch.get_default_dtype(), autocast)
         try:
             if args and isinstance(args[0], nn.Module):
-                return function, _linear(args[0]), plain((args[1:], kwargs), numbers), state
-            return function, plain((args, kwargs), numbers), state
-        except NotPlain:
+                made = (function, _linear(args[0]), plain((args[1:], kwargs), numbers), state)
+            else:
+                made = (function, None, plain((args, kwargs), numbers), state)
+            hash(made)  # a size of another trace, inside this one, has none
+        except (NotPlain, TypeError):
             return None
+        return made
 
     def get(self, key: Any) -> torch.Tensor | None:
         """Returns a new tensor with the metadata kept under a key, and memory of its own."""

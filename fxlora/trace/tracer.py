@@ -113,7 +113,8 @@ def outline(
 def _check_names(model: nn.Module) -> None:
     """Refuses names that torch.fx would write into a graph's code as something else than a name."""
     for path, module in model.named_modules():
-        for name in (*module._modules, *module._parameters, *module._buffers):
+        held = (module._modules, module._parameters, module._buffers)
+        for name in (n for of in held for n in of.keys()):  # noqa: SIM118 - torch.jit's take no iter
             plain = name.isprintable() and '"' not in name and "\\" not in name
             if not plain or keyword.iskeyword(name):
                 kind = "a word of Python's own" if plain else "no text torch.fx can quote"
