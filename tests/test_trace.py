@@ -545,7 +545,10 @@ def test_an_architecture_replayed_equals_it_run_in_full(kind: str) -> None:
     assert info(fast).replayed > 0
     assert info(fast).guards == info(full).guards
     for a, b in zip(fast.graph.nodes, full.graph.nodes, strict=True):
-        assert (a.name, a.op, a.target) == (b.name, b.op, b.target) or a.target == "_guards"
+        # An autograd.Function is called through a method that every trace makes anew.
+        same = a.target == b.target or str(a.target) == str(b.target)
+        assert (a.name, a.op) == (b.name, b.op)
+        assert same or a.target == "_guards"
         assert str((a.args, a.kwargs)) == str((b.args, b.kwargs))
         for key in ("module_stack", "shape", "dtype", "source", "grad_enabled"):
             assert a.meta.get(key) == b.meta.get(key), (a, key)
