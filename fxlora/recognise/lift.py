@@ -227,9 +227,9 @@ def settings_of(pairs: dict[str, Pair], others: list[str]) -> dict[str, Any]:
 def alpha_of(pair: Pair) -> float:
     """Returns the alpha for which alpha / r is the pair's scaling, to the bit where one exists.
 
-    >>> p = Pair("q", "branch", torch.zeros(3, 4), torch.zeros(4, 3), None, 0.7, 0.0)
-    >>> alpha_of(p) / 3
-    0.7
+    >>> p = Pair("q", "branch", torch.zeros(3, 4), torch.zeros(4, 3), None, 16 / 3, 0.0)
+    >>> alpha_of(p)
+    16.0
     """
     near = pair.scaling * pair.r
     tries = (near, math.nextafter(near, math.inf), math.nextafter(near, -math.inf))
