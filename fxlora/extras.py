@@ -174,7 +174,15 @@ def token_rows(
         for name in _ending(entry, model):
             own.setdefault(name, list(indices))
     rows = {n: i for n, i in own.items() if not (n in tied and own.get(embedding) == i)}
-    found = [_rows(n, i, model) for n, i in rows.items()]
+    otherwise = {*adapted, *(s.name for s in saved)}
+    found = []
+    for name, indices in rows.items():  # one by one, as peft does: the first fault is the one told
+        if name in otherwise:
+            raise ConfigTypeError(
+                f"trainable_token_indices hits {name!r}, which is adapted or in modules_to_save "
+                "too; a layer is trained in one way"
+            )
+        found.append(_rows(name, indices, model))
     if embedding in rows and not (set(tied) & set(rows)):
         found += [_rows(n, rows[embedding], model, embedding) for n in tied]
     for f in found:
@@ -183,10 +191,10 @@ def token_rows(
                 f"trainable_token_indices trains rows of {f.tied_to!r}, and {f.name!r}, which is tied "
                 f"to it, is adapted. Leave it out with exclude_modules=[{f.name!r}]"
             )
-        if f.name in adapted or any(f.name == s.name for s in saved):
+        if f.name in otherwise:
             raise ConfigTypeError(
-                f"trainable_token_indices hits {f.name!r}, which is adapted or in modules_to_save "
-                "too; a layer is trained in one way"
+                f"trainable_token_indices reaches {f.name!r}, tied to {f.tied_to!r}, which is in "
+                "modules_to_save too; a layer is trained in one way"
             )
     return tuple(found)
 
