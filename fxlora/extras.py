@@ -196,6 +196,8 @@ def token_rows(
                 f"trainable_token_indices reaches {f.name!r}, tied to {f.tied_to!r}, which is in "
                 "modules_to_save too; a layer is trained in one way"
             )
+    for f in found:  # after every fault that peft tells
+        _from_zero(f, model)
     return tuple(found)
 
 
@@ -240,10 +242,15 @@ def _rows(name: str, indices: list[int], model: nn.Module, tied_to: str = "") ->
         raise ConfigError(
             f"trainable_token_indices has {bad[0]!r} for {name!r}, which has rows 0 to {count - 1}"
         )
-    below = [i for i in indices if i < 0]
-    if below:
-        raise ConfigError(
-            f"trainable_token_indices has {below[0]} for {name!r}: a row counts from 0, and "
-            f"index_copy takes no negative ones. Write {below[0] + count}"
-        )
     return TokenRows(name, tuple(indices), dim, tied_to)
+
+
+def _from_zero(rows: TokenRows, model: nn.Module) -> None:
+    """Refuses rows below zero: peft takes them, and its first forward fails on them."""
+    below = [i for i in rows.indices if i < 0]
+    if below:
+        count = model.get_submodule(rows.name).weight.shape[0]  # type: ignore[index]
+        raise ConfigError(
+            f"trainable_token_indices has {below[0]} for {rows.name!r}: a row counts from 0, and "
+            f"index_copy takes no negative ones. Write {below[0] + int(count)}"
+        )

@@ -8,7 +8,7 @@ question of names, and here it is answered.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 
 
@@ -50,9 +50,13 @@ def match(config: Any, key: str) -> Match:
     return _by_layer(config, key, suffix)
 
 
-def _suffix(key: str, names: Iterable[str]) -> str | None:
-    # Sorted, so that the reason does not follow the order of a set.
-    return next((n for n in sorted(names) if key.endswith(f".{n}")), None)
+def _suffix(key: str, names: Collection[str]) -> str | None:
+    # By the key's own suffixes: "all-linear" holds one name a site, and a loop over them for every
+    # module is quadratic. The smallest, so that the reason does not follow the order of a set.
+    parts = key.split(".")
+    return min(
+        (n for n in (".".join(parts[i:]) for i in range(1, len(parts))) if n in names), default=None
+    )
 
 
 def _excluded(config: Any, key: str) -> Match | None:
