@@ -171,7 +171,7 @@ def test_the_static_verdict_is_autograd_s_on_random_networks(
 
 
 @pytest.mark.slow
-@law(3_000)
+@law(10_000)
 @given(walled_cases())
 def test_the_static_verdict_is_autograd_s_on_thousands_of_random_networks(
     case: tuple[Network, LoraConfig],

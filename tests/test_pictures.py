@@ -632,6 +632,24 @@ def test_namespaces_of_model_explorer_are_the_boxes(tmp_path: Path) -> None:
 # ---- engines -----------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif("wasi" not in fxlora_viz.available_engines(), reason="pip install fxlora[draw]")
+@pytest.mark.parametrize("name", SMALL)
+def test_a_picture_is_the_same_with_and_without_a_system_graphviz(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    graphs = ENTRIES[name].graphs()
+    drawn = []
+    for folder in (tmp_path / "with", tmp_path / "without"):
+        folder.mkdir()
+        if folder.name == "with":  # of any version: this one fails when it is called
+            (folder / "dot").write_text("#!/bin/sh\nexit 1\n", encoding="utf-8")
+            (folder / "dot").chmod(0o755)
+        monkeypatch.setenv("PATH", str(folder))
+        assert ("dot" in fxlora_viz.available_engines()) == (folder.name == "with")
+        drawn.append(fxlora_viz.draw(*graphs).svg)
+    assert drawn[0] == drawn[1]
+
+
 @pytest.mark.skipif(len(fxlora_viz.available_engines()) < 2, reason="needs both engines")
 @pytest.mark.parametrize("name", SMALL)
 def test_both_engines_draw_the_same_things_in_the_same_rows(name: str) -> None:

@@ -48,6 +48,28 @@ def name_of(node: Node) -> str:
     return str(getattr(target, "__name__", target)).rpartition(".")[2]
 
 
+def is_norm(node: Node) -> bool:
+    """Whether a node takes a 2-norm: by name, or as torch 2.14 and later decompose one.
+
+    There it is the power 0.5 of a sum of powers 2.
+    """
+    if name_of(node) in _NORMS:
+        return True
+    total = _power(node, 0.5)
+    if total is None or name_of(total) != "sum":
+        return False
+    squares = total.args[0]
+    return isinstance(squares, Node) and _power(squares, 2) is not None
+
+
+def _power(node: Node, exponent: float) -> Node | None:
+    """Returns what a node raises to a power; None when it does not."""
+    if name_of(node) != "pow" or len(node.args) < 2 or node.args[1] != exponent:
+        return None
+    base = node.args[0]
+    return base if isinstance(base, Node) else None
+
+
 def shape_of(node: Any) -> tuple[str, ...] | None:
     """Returns a node's sizes as text; None where the graph knows no shapes."""
     meta = node.meta if isinstance(node, Node) else {}
@@ -250,7 +272,7 @@ class Reader:
         top, below = node.args[:2]
         while isinstance(below, Node) and name_of(below) in CASTS | VIEWS | TURNS:
             below = below.args[0]
-        if not isinstance(below, Node) or name_of(below) not in _NORMS:
+        if not isinstance(below, Node) or not is_norm(below):
             return False
         if not isinstance(top, Node) or self.factor(top, views=True) is None:
             return False

