@@ -138,17 +138,24 @@ class _Walk:
                 key = (str(n.meta.get("site")), str(n.meta.get("adapter")))
                 self._own.setdefault(key, []).append(n)
         self._output = next(n for n in reversed(lora.graph.nodes) if n.op == "output")
-        self._autograd = gradient_sources(lora)
         self._steep = gradient_sources(lora, zeros=False)
         self._moved = self._backward(self._steep)
         values = value_sources(lora)
         self._leads = _closure(self._output, values)
         self._onward = _turned(values)
-        first = {id(p): n for n, p in lora.named_parameters()}
-        self.parameters = {
+
+    @cached_property
+    def _autograd(self) -> dict[Node, list[Node]]:
+        return gradient_sources(self._lora)
+
+    @cached_property
+    def parameters(self) -> set[str]:
+        """The names of the parameters a gradient arrives at."""
+        first = {id(p): n for n, p in self._lora.named_parameters()}
+        return {
             first[id(p)]
             for node in self._backward(self._autograd)
-            for p in _read(lora, node)
+            for p in _read(self._lora, node)
             if p.requires_grad
         }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -84,9 +84,13 @@ def target_name(node: Node) -> str:
     """Returns the bare name of what a node calls."""
     if node.op == "call_module":
         return ""
-    target: Any = node.target
-    if target is getattr:
+    if node.target is getattr:
         return str(node.args[1])
+    return _bare(node.target)
+
+
+@lru_cache(maxsize=1024)
+def _bare(target: Any) -> str:
     return str(getattr(target, "__name__", target)).rpartition(".")[2]
 
 
@@ -267,7 +271,8 @@ def _followed(
     for node in graph_module.graph.nodes:
         found = direct(node, target_name(node))
         if writes:
-            found = [n for s in found for n in _now(s, writes.get(memory(s), ()))]
+            since = [(s, writes.get(memory(s))) for s in found]
+            found = [n for s, w in since for n in (_now(s, w) if w else (s,))]
         sources[node] = list(dict.fromkeys(found))
         for changed in _written(node):
             writes.setdefault(memory(changed), []).append((node, _whole(changed)))

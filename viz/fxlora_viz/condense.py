@@ -67,9 +67,7 @@ class _Condenser:
                 known = "dtype" in node.meta or self._reading.info.dynamic
                 if dtype.is_floating_point if dtype is not None else not known and node.users:
                     live.add(node)
-            elif next(self._reading.weights(node), None) is not None or any(
-                n in live for n in node.all_input_nodes
-            ):
+            elif self._reading.weights(node) or any(n in live for n in node.all_input_nodes):
                 live.add(node)
         return live
 

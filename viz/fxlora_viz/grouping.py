@@ -89,7 +89,7 @@ class Groups:
             path, call = frames[whole]
             self._join(call_key(path, call), "module", path, frames[: whole + 1], node)
         elif node.op == "get_attr":
-            if next(self._reading.weights(node), None) is not None:
+            if self._reading.weights(node):
                 self._join(f"parameter:{node.name}", "parameter", _path(frames), frames, node)
         elif node.op == "call_module":
             path, call = frames[-1] if frames else (plain_name(node), 0)
@@ -189,7 +189,7 @@ class Groups:
             module = self._reading.module(str(node.target))
             return ops.is_passing_module(type(module).__name__)
         if node.op == "get_attr":
-            return next(self._reading.weights(node), None) is None
+            return not self._reading.weights(node)
         return ops.is_passing(node)
 
     def _split_cycles(self) -> None:

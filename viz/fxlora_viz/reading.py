@@ -27,6 +27,7 @@ class Reading:
         found = getattr(graph_module, "meta", {}).get(KEY)
         self.info = found if isinstance(found, TraceInfo) else TraceInfo("", {})
         self.grad = _gradients(graph_module)
+        self._weights: dict[Node, tuple[tuple[int, Weight], ...]] = {}
         self._parameters = dict(graph_module.named_parameters(remove_duplicate=False))
         self._adapters = self._adapter_prefixes()
         self._owners = self._owner_paths()
@@ -60,8 +61,15 @@ class Reading:
 
     # ---- parameters --------------------------------------------------------------------------
 
-    def weights(self, node: Node) -> Iterator[tuple[int, Weight]]:
-        """Yields (identity, weight) of the parameters a node reads; adapters only for their own."""
+    def weights(self, node: Node) -> tuple[tuple[int, Weight], ...]:
+        """Returns (identity, weight) of the parameters a node reads; adapters only for their own."""
+        if node.op not in ("get_attr", "call_module"):
+            return ()
+        if node not in self._weights:
+            self._weights[node] = tuple(self._read(node))
+        return self._weights[node]
+
+    def _read(self, node: Node) -> Iterator[tuple[int, Weight]]:
         if node.op == "get_attr":
             p = self._parameters.get(str(node.target))
             if p is not None:
