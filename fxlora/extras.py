@@ -11,6 +11,7 @@ from torch import nn
 from fxlora.config import task_heads
 from fxlora.errors import ConfigError, ConfigTypeError, UnsupportedError, did_you_mean
 from fxlora.matching import parameter_match
+from fxlora.trace.shell import tree
 
 # What PEFT's wrapper of an adapted layer holds.
 _PARTS = tuple(
@@ -83,7 +84,7 @@ def saved_modules(
     _check_parts(entries, adapted)
     adapted = [*adapted, *_owners(config, model)]
     found: list[SavedModule] = []
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in tree(model):
         entry = next((e for e in entries if name and name.endswith(e)), None)
         if entry is None:
             continue

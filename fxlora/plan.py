@@ -29,6 +29,8 @@ from fxlora.reach import checked, one_call, with_slices
 from fxlora.sites import Call, Site, kind_of, sites
 from fxlora.targets import AllLinear, model_type, resolve_targets
 from fxlora.text import table
+from fxlora.trace.bulk import uncollected
+from fxlora.trace.shell import tree
 from fxlora.trace.tracer import outline
 
 ADAPTER = "default"
@@ -242,6 +244,7 @@ class Plan(Printed):
         return plan_parts(self)
 
 
+@uncollected()
 def plan(
     traced: GraphModule | nn.Module,
     config: Any,
@@ -393,7 +396,7 @@ def _all_sites(traced: GraphModule, config: Any) -> list[Site]:
 
 def _own_parameters(root: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Yields the parameters PEFT walks: of every module by its first name, tied ones each time."""
-    for name, module in root.named_modules():
+    for name, module in tree(root, remove_duplicate=True):
         for last, p in module.named_parameters(recurse=False):
             yield (f"{name}.{last}" if name else last), p
 

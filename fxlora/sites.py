@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 from torch.nn import functional as F
 
 from fxlora.facts import info
-from fxlora.trace.shell import is_conv1d
+from fxlora.trace.shell import is_conv1d, tree
 
 # Functions that multiply by a weight, and at which argument.
 _WEIGHT_ARGUMENT: dict[Any, tuple[int, ...]] = {
@@ -144,8 +144,8 @@ def sites(graph_module: GraphModule) -> tuple[Site, ...]:
     """
     facts = info(graph_module)
     types = facts.module_types
-    held = dict(graph_module.named_modules(remove_duplicate=False))
-    live = dict(facts.model.named_modules(remove_duplicate=False))
+    held = dict(tree(graph_module))
+    live = dict(tree(facts.model))
     names: dict[int, list[str]] = {}
     for name, m in held.items():
         names.setdefault(id(m), []).append(name)

@@ -9,6 +9,7 @@ from torch import nn
 
 from fxlora.errors import ConfigError
 from fxlora.sites import kind_of
+from fxlora.trace.shell import tree
 
 SEQ_CLS_HEADS = ("score", "classifier")  # peft.utils.constants.SEQ_CLS_HEAD_NAMES
 
@@ -29,7 +30,9 @@ def resolve_targets(config: Any, model: nn.Module) -> AllLinear | None:
     if not isinstance(targets, str) or targets.lower() != "all-linear":
         return None
     # peft.tuners.tuners_utils._maybe_include_all_linear_layers
-    names = {n for n, m in model.named_modules() if kind_of(type(m)) in ("Linear", "Conv1D")}
+    names = {
+        n for n, m in tree(model, remove_duplicate=True) if kind_of(type(m)) in ("Linear", "Conv1D")
+    }
     head = _output_layer(config, model)
     config.target_modules = names - {head}
     return AllLinear(head)
@@ -81,4 +84,4 @@ def _output_layer(config: Any, model: nn.Module) -> str | None:
         head = next((h for n in SEQ_CLS_HEADS if (h := getattr(model, n, None))), None)
     if head is None:
         return None
-    return next((n for n, m in model.named_modules() if m is head), None)
+    return next((n for n, m in tree(model) if m is head), None)

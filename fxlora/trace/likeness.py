@@ -73,6 +73,22 @@ class Fresh(torch.autograd.Function):
         return made.pop()
 
 
+def another(value: torch.Tensor) -> torch.Tensor:
+    """Returns another tensor over a tensor's memory, and a result of calls when that one is.
+
+    That is `value.data`, which a fake tensor hands through torch's dispatcher: a tenth of its time.
+    """
+    if type(value) is FakeTensor:
+        with torch._C._DisableTorchDispatch():
+            made = value.detach()
+        fresh: torch.Tensor = FakeTensor(value.fake_mode, made, value.fake_device)
+    else:
+        fresh = value.data
+    if value.requires_grad:
+        fresh = Fresh.apply(value, [fresh])  # type: ignore[no-untyped-call]
+    return fresh
+
+
 @dataclass(frozen=True)
 class _Result:
     """The metadata of a result: sizes as numbers, or as expressions with the example's number."""

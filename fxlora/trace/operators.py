@@ -110,9 +110,39 @@ def _grouped_mm(a: torch.Tensor, b: torch.Tensor, *_: Any, **__: Any) -> torch.T
     return torch.matmul(a, b[0]) if b.dim() == 3 and a.dim() == 2 else torch.matmul(a, b)
 
 
-# torch's own fake kernels for these accept bfloat16 only; the real ones accept more. The stand-in
-# has the same shape, dtype and gradient flow, and is never part of the graph.
-_STAND_INS = {"grouped_mm": _grouped_mm, "_grouped_mm": _grouped_mm}
+def _attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    """The products of `at::_scaled_dot_product_attention_math`, which is what runs on meta.
+
+    Its softmax, causal triangle, scale and dropout change no size and compare none.
+    """
+    given = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
+    plain = all(t.dim() == 4 and t.device.type == "meta" for t in given) and not (
+        is_causal and attn_mask is not None
+    )
+    if not plain or len({t.dtype for t in given[:3]}) > 1:
+        return torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    if enable_gqa:
+        key = key.repeat_interleave(query.size(-3) // key.size(-3), -3)
+        value = value.repeat_interleave(query.size(-3) // value.size(-3), -3)
+    scores = query @ key.transpose(-2, -1)
+    if attn_mask is not None:
+        scores = scores + attn_mask
+    return scores.to(value.dtype) @ value
+
+
+# torch's own fake kernels for the first two accept bfloat16 only, and the third takes dozens of calls;
+# a stand-in has the same shape, dtype and gradient flow, and is never part of the graph.
+_STAND_INS = {
+    "grouped_mm": _grouped_mm,
+    "_grouped_mm": _grouped_mm,
+    "scaled_dot_product_attention": _attention,
+}
 
 
 def on_fakes(func: Any) -> Any:

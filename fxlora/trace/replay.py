@@ -22,7 +22,7 @@ from torch.fx import Node
 
 from fxlora.facts import Frame
 from fxlora.trace import sizes
-from fxlora.trace.likeness import HOOKS, PLAIN, Fresh, NotPlain, plain, tensor_key
+from fxlora.trace.likeness import HOOKS, PLAIN, NotPlain, another, plain, tensor_key
 from fxlora.trace.paths import Paths
 from fxlora.trace.recorder import Recorder, tensors_in
 from fxlora.trace.repeats import Block, Repeat, moved, part
@@ -215,9 +215,7 @@ class Replay:
             if id(value) not in same:
                 with self._recorder.hold(), torch._C.DisableTorchFunction():
                     # The memory is that of the run; nothing known follows from what is in it.
-                    fresh = value.data
-                    if value.requires_grad:
-                        fresh = Fresh.apply(value, [fresh])  # type: ignore[no-untyped-call]
+                    fresh = another(value)
                 self._recorder.bind(fresh, parts[self._recorder.node_of(value)])
                 same[id(value)] = fresh
             return same[id(value)]

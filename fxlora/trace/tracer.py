@@ -15,7 +15,7 @@ from fxlora.facts import KEY, TraceInfo
 from fxlora.trace import concrete, examples, modes, repeats, symbolic
 from fxlora.trace.bulk import uncollected
 from fxlora.trace.lazy import LazyGraphModule
-from fxlora.trace.shell import module_types, shell
+from fxlora.trace.shell import module_types, shell, tree
 
 
 def trace(
@@ -107,12 +107,12 @@ def outline(
         model_class=type(model).__name__, module_types=module_types(model), mode=mode,
         notes=(*notes, *now.notes), replayed=now.replayed, model=model,
     )  # fmt: skip
-    return graph_module(model, graph, facts)
+    return graph_module(model, graph, facts, lint=False)
 
 
 def _check_names(model: nn.Module) -> None:
     """Refuses names that torch.fx would write into a graph's code as something else than a name."""
-    for path, module in model.named_modules():
+    for path, module in tree(model, remove_duplicate=True):
         held = (module._modules, module._parameters, module._buffers)
         for name in (n for of in held for n in of.keys()):  # noqa: SIM118 - torch.jit's take no iter
             plain = name.isprintable() and '"' not in name and "\\" not in name
@@ -242,12 +242,15 @@ def attach(root: nn.Module, path: str, value: nn.Module | torch.Tensor) -> None:
         parent.register_buffer(name, value, persistent=False)
 
 
-def graph_module(root: nn.Module, graph: Graph, facts: TraceInfo) -> GraphModule:
+def graph_module(
+    root: nn.Module, graph: Graph, facts: TraceInfo, *, lint: bool = True
+) -> GraphModule:
     """Joins a module tree and a graph over it, keeping modules that the graph never calls.
 
     torch.fx keeps only what a graph uses; a parameter nobody reads is a fact users ask about.
     """
-    graph.lint()
+    if lint:
+        graph.lint()
     made = LazyGraphModule(nn.Module(), Graph(), class_name=facts.model_class)
     made._modules, made._parameters, made._buffers = root._modules, root._parameters, root._buffers
     made._non_persistent_buffers_set = root._non_persistent_buffers_set
