@@ -17,7 +17,8 @@ def run_plan(a: argparse.Namespace) -> int:
     """Prints a plan, or the answer to a question about one."""
     if a.choose is not None:
         return _choose(a)
-    traced, plan = planned(a)
+    further = a.explain is not None or a.effects or a.cover or a.json
+    traced, plan = planned(a, whole=further)
     if a.explain is not None:
         from fxlora.explain import explain_dict, explain_text
 

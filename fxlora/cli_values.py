@@ -167,11 +167,18 @@ def _last_line(error: Exception) -> str:
     return f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
 
 
-def planned(a: argparse.Namespace) -> tuple[Any, Any]:
-    """Returns the traced model and the plan the arguments ask for."""
+def planned(a: argparse.Namespace, *, whole: bool = True) -> tuple[Any, Any]:
+    """Returns the traced model and the plan the arguments ask for.
+
+    Args:
+        a: the arguments.
+        whole: whether the trace is used for more than a plan; if not, it is made in a fraction of
+            the time.
+    """
     import fxlora
+    from fxlora.trace.tracer import outline
 
     config = config_of(a)
     model = build(a.model)
-    traced = fxlora.trace(model, *inputs_of(model))
+    traced = (fxlora.trace if whole else outline)(model, *inputs_of(model))
     return traced, fxlora.plan(traced, config, reach=names(a.reach) or ())

@@ -421,7 +421,7 @@ def _restored(model: nn.Module, notes: list[str]) -> Iterator[None]:
     kept = ("_parameters", "_buffers", "_modules")
     before = [
         (name, m, dict(m.__dict__), [dict(m.__dict__[k]) for k in kept])
-        for name, m in tree(model, remove_duplicate=True)
+        for name, m in model.named_modules()  # peft's MultiheadAttention puts its weights back here
     ]
     contents = [
         (value, copy.copy(value))
