@@ -39,6 +39,15 @@ def over(rows: list[Row]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("row", rows, ids=lambda r: r.id)
 
 
+def over_with_models_slow(rows: list[Row]) -> pytest.MarkDecorator:
+    """Like `over`; rows of whole models, which take a second each, in the slow run."""
+    given = [
+        pytest.param(r, marks=pytest.mark.slow if r.id.startswith("model-") else (), id=r.id)
+        for r in rows
+    ]
+    return pytest.mark.parametrize("row", given)
+
+
 _GIVEN: dict[Any, tuple[nn.Module, GraphModule]] = {}
 
 
@@ -245,7 +254,7 @@ def test_parameters_have_peft_s_names_order_shapes_dtypes_flags_and_first_bits(r
         assert row.device == "meta" or torch.equal(p, q), name
 
 
-@over(ROWS)
+@over_with_models_slow(ROWS)
 def test_the_comparison_proves_equality_and_names_every_known_mistake_of_peft_s(row: Row) -> None:
     args, kwargs = row.inputs()
     with quiet():

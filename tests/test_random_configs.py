@@ -130,7 +130,7 @@ def outcome(case: Case) -> str:
     return "both take it" if case.their_error is None else "both refuse"
 
 
-@law(200)
+@law(100)
 @given(st.data())
 def test_any_configuration_is_taken_or_refused_as_peft_does(data: st.DataObject) -> None:
     check(data)
