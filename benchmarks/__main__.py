@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.util
 import os
 import signal
 import sys
@@ -31,6 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if asked.page:
         publish(read(asked.json or LATEST))
         return 0
+    if importlib.util.find_spec("matplotlib") is None:  # said now, not after half an hour
+        print("the plot needs matplotlib: pip install 'fxlora[bench]'", file=sys.stderr)
+        return 2
     found = measure(asked.groups or list(GROUPS), quick=asked.quick)
     target = asked.json or (HERE.parent / "out" / "benchmarks.json" if asked.quick else LATEST)
     if asked.groups and target.exists():

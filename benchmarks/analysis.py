@@ -21,10 +21,10 @@ from benchmarks.timing import Contender, interleave
 WRAP = "get_peft_model"
 FORWARD, EXPORT = "meta forward", "torch.export"
 INFO, VIEW = "torchinfo", "torchview"
-SITES, GRAPH, COMPARE = "plan", "trace + plan + rewrite", "compare"
+SITES, TRACE, GRAPH, COMPARE = "plan", "trace", "trace + plan + rewrite", "compare"
 RUNNABLE = "the same, its code written"
 WRAP_TRACE = "get_peft_model, traced"
-OURS = (SITES, GRAPH)
+OURS = (SITES, TRACE, GRAPH)
 PEERS = (WRAP, EXPORT, INFO, VIEW)
 
 
@@ -53,6 +53,11 @@ class _Logits(nn.Module):
 def planned(model: nn.Module) -> object:
     """Finds every site and its verdict, from the model itself."""
     return fxlora.plan(model, lora_config())
+
+
+def traced(model: nn.Module) -> GraphModule:
+    """Makes the graph of the model as it is."""
+    return fxlora.trace(model)
 
 
 def whole_graph(model: nn.Module) -> GraphModule:
@@ -112,6 +117,7 @@ JOBS: dict[str, Callable[[nn.Module], object]] = {
     WRAP: wrapped,
     WRAP_TRACE: wrapped_and_traced,
     SITES: planned,
+    TRACE: traced,
     GRAPH: whole_graph,
     RUNNABLE: ready_to_run,
     COMPARE: compared,
@@ -119,7 +125,7 @@ JOBS: dict[str, Callable[[nn.Module], object]] = {
     VIEW: viewed,
     EXPORT: exported,
 }
-FAST = (FORWARD, WRAP, SITES, GRAPH)
+FAST = (FORWARD, WRAP, SITES, TRACE, GRAPH)
 PAIRS = [
     *((ours, peer) for ours in OURS for peer in PEERS),
     (RUNNABLE, WRAP),

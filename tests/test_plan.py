@@ -401,6 +401,16 @@ def test_a_plan_of_a_model_is_the_plan_of_its_graph() -> None:
     assert set(dict(model.named_modules())) == set(dict(LlamaForCausalLM(config).named_modules()))
 
 
+@pytest.mark.parametrize("name", ZOO)
+def test_a_plan_of_a_real_model_is_that_of_its_whole_trace(name: str) -> None:
+    model, inputs = ZOO[name].build(), ZOO[name].inputs(2, 8)
+    config = LoraConfig(r=2, target_modules="all-linear", exclude_modules=["q_proj", "query"])
+    at_once = fxlora.plan(model, config, kwargs=inputs)
+    whole = fxlora.plan(fxlora.trace(model, (), inputs), config)
+    assert str(at_once) == str(whole)
+    assert at_once.to_dict() == whole.to_dict()
+
+
 def test_a_plan_of_a_model_is_for_looking_at() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(4, 4))
     lora = LoraConfig(target_modules=["0"])

@@ -288,6 +288,23 @@ def test_peft_s_wrapped_model_strips_to_the_base_model(how: str, dora: bool) -> 
     assert not torch.equal(theirs(x), model(x))
 
 
+def test_dora_is_recognised_where_torch_decomposes_a_norm_into_powers_and_a_sum() -> None:
+    """Torch 2.14 and later decompose it by themselves; here an earlier one is told to."""
+    aten = torch.ops.aten
+
+    def norm(x: torch.Tensor, order: float, dim: list[int], keepdim: bool = False) -> torch.Tensor:
+        total = aten.sum.dim_IntList(aten.pow.Tensor_Scalar(x, float(order)), dim, keepdim)
+        return aten.pow.Tensor_Scalar(total, 1 / order)
+
+    model, theirs, x = wrapped(use_dora=True)
+    decompositions = torch.export.default_decompositions()
+    decompositions[aten.linalg_vector_norm.default] = norm
+    graph = torch.export.export(theirs, (x,)).run_decompositions(decompositions)
+    assert not any("norm" in n.name for n in graph.graph.nodes)
+    assert [p.variant for p in recognise(graph)] == ["dora", "dora"]
+    assert torch.equal(strip(graph).module()(x), model(x))
+
+
 class Experts(nn.Module):
     """A stack of weights that is no module's, as mixtures of experts have it."""
 
