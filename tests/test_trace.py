@@ -479,6 +479,18 @@ class TestReplay:
             for key in ("module_stack", "shape", "dtype", "source", "grad_enabled"):
                 assert a.meta.get(key) == b.meta.get(key), (a, key)
 
+    def test_a_cache_keeps_blocks_from_being_copied_and_a_note_says_so(self) -> None:
+        model, ids = ZOO["llama"].build(), torch.zeros(2, 8, dtype=torch.long)
+        cached = info(fxlora.trace(model, (), {"input_ids": ids, "use_cache": True}))
+        assert cached.replayed == 0
+        (note,) = [n for n in cached.notes if "every block was run" in n]
+        assert note.startswith("model.layers: ")
+        assert "DynamicCache" in note
+        assert "use_cache=False" in note
+        plain = info(fxlora.trace(model, (), {"input_ids": ids, "use_cache": False}))
+        assert plain.replayed > 0
+        assert not any("every block was run" in n for n in plain.notes)
+
     def test_blocks_that_differ_in_what_they_read_are_traced_apart(self) -> None:
         class Block(nn.Module):
             def __init__(self, scale: float, index: int) -> None:
@@ -682,3 +694,66 @@ def test_powers_and_numpy_s_scalars_are_code_that_runs(name: str) -> None:
 
     model, x = One(), torch.randn(6, 4)
     torch.testing.assert_close(fxlora.trace(model, (x,))(x), model(x), equal_nan=True)
+
+
+ATTENTION: dict[str, tuple[tuple[int, int], dict[str, Any]]] = {
+    # name -> (heads of q, heads of k and v), arguments
+    "plain": ((4, 4), {}),
+    "causal": ((4, 4), {"is_causal": True}),
+    "dropout and scale": ((4, 4), {"dropout_p": 0.5, "scale": 0.3}),
+    "grouped": ((4, 2), {"enable_gqa": True}),
+    "mask of bools": ((4, 4), {"attn_mask": torch.bool}),
+    "mask of floats": ((4, 4), {"attn_mask": torch.float32}),
+    "one head for all": ((4, 1), {}),
+    "frozen": ((4, 4), {"requires_grad": False}),
+    "three dimensions": ((0, 0), {}),
+}
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention_on_meta_is_traced_as_by_torch_s_own_calls(name: str, dynamic: bool) -> None:
+    """The stand-in gives the metadata and the conditions on sizes that the real one gives."""
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    from fxlora.trace import operators
+
+    (heads, others), given = ATTENTION[name]
+    found = []
+    for function in (
+        operators.on_fakes(F.scaled_dot_product_attention),
+        F.scaled_dot_product_attention,
+    ):
+        env = ShapeEnv() if dynamic else None
+        with FakeTensorMode(shape_env=env) as mode:
+            wanted = given.get("requires_grad", True)
+
+            def fake(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+                made = torch.empty(shape, dtype=dtype, device="meta")
+                return mode.from_tensor(made, static_shapes=None if dynamic else True)
+
+            def heads_of(count: int, length: int, width: int) -> torch.Tensor:
+                made = (
+                    fake(2, length, count, width).transpose(1, 2)
+                    if count
+                    else fake(2, length, width)
+                )
+                return made.requires_grad_(wanted)  # noqa: B023
+
+            q, k, v = heads_of(heads, 5, 8), heads_of(others, 7, 8), heads_of(others, 7, 6)
+            kwargs = {n: a for n, a in given.items() if n != "requires_grad"}
+            if "attn_mask" in kwargs:
+                kwargs["attn_mask"] = fake(2, 1, 5, 7, dtype=kwargs["attn_mask"])
+            out = function(q, k, v, **kwargs)
+        equal = {str(g.expr) for g in env.guards if "Eq(" in str(g.expr)} if env else set()
+        facts = (
+            out.shape,
+            out.stride(),
+            out.dtype,
+            out.device.type,
+            out.requires_grad,
+            out.is_leaf,
+        )
+        found.append((str(facts), equal))
+    assert found[0] == found[1]

@@ -86,6 +86,7 @@ class Replay:
             with torch._C.DisableTorchFunction():
                 key = self._key(inner, args, kwargs, inputs)
         except NotPlain:
+            self._say_why(path, args, kwargs)
             return self._run(forward, module, path, args, kwargs)
         for run in self._runs.get(key, ()):
             if _same_reads(run, inner):
@@ -129,6 +130,20 @@ class Replay:
             recorder.stack.pop()
 
     # ---- may it be copied? ---------------------------------------------------------------------
+
+    def _say_why(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Notes which argument keeps a list of blocks from being run once and copied."""
+        odd = next((v for v in (*args, *kwargs.values()) if not _is_rebuildable(v)), None)
+        if odd is None:
+            return
+        kind = type(odd).__name__
+        way = " (pass use_cache=False)" if kind.endswith("Cache") else ""
+        note = (
+            f"{path.rpartition('.')[0]}: every block was run, because each is given a {kind}, which "
+            f"may change between two calls; without it one is run and the others are copied{way}"
+        )
+        if note not in self.notes:
+            self.notes.append(note)
 
     def _key(
         self,
