@@ -36,11 +36,10 @@ LEAKING = {"tied_merge", "conv3d_merge", "own_forward_merge"}
 
 
 def over(rows: list[Row]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("row", rows, ids=lambda r: r.id)
+    """Runs a test over rows; those of whole models, which take seconds each, in the slow run.
 
-
-def over_with_models_slow(rows: list[Row]) -> pytest.MarkDecorator:
-    """Like `over`; rows of whole models, which take a second each, in the slow run."""
+    In the fast one test_parity_with_peft.py holds the same of whole models.
+    """
     given = [
         pytest.param(r, marks=pytest.mark.slow if r.id.startswith("model-") else (), id=r.id)
         for r in rows
@@ -254,7 +253,7 @@ def test_parameters_have_peft_s_names_order_shapes_dtypes_flags_and_first_bits(r
         assert row.device == "meta" or torch.equal(p, q), name
 
 
-@over_with_models_slow(ROWS)
+@over(ROWS)
 def test_the_comparison_proves_equality_and_names_every_known_mistake_of_peft_s(row: Row) -> None:
     args, kwargs = row.inputs()
     with quiet():
