@@ -28,6 +28,7 @@ def machine() -> dict[str, str]:
         "memory": _memory(),
         "instructions": _instructions(),
         "threads": str(torch.get_num_threads()),
+        "freed memory": "kept" if "MALLOC_TRIM_THRESHOLD_" in os.environ else "given back",
     }
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
@@ -63,10 +64,15 @@ def _processor() -> str:
     return f"{name} (family {family}, model {model})" if family else name
 
 
+def has_bf16() -> bool:
+    """Whether the processor multiplies in bf16."""
+    return bool({"avx512_bf16", "amx_bf16"} & set(_cpuinfo("flags").split()))
+
+
 def _instructions() -> str:
     flags = set(_cpuinfo("flags").split())
     known = [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in flags]
-    return ", ".join(known) + ("" if {"avx512_bf16", "amx_bf16"} & flags else "; none for bf16")
+    return ", ".join(known) + ("" if has_bf16() else "; none for bf16")
 
 
 def _memory() -> str:

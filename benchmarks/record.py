@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.timing import Samples, ratio, recovered
+from benchmarks.timing import Samples, ratio, recovered, together
 
 FORMAT = 1
 _TAXED = ("forward", "step", "gpu")  # where the peer is the floor's own work and adapters on top
@@ -52,7 +52,9 @@ def timed(
         group, name: of the case.
         found: samples per contender.
         pairs: (ours, peer) to take ratios of.
-        floors: contenders that are floors; the last one is what `recovered` is reckoned from.
+        floors: contenders that are floors. The last but one is the floor without adapters, and
+            `recovered` is the share of the peer's time above it that ours does not spend; the last
+            is what the adapters cost in any case, and `avoidable` is the share above both.
         notes: facts beside the numbers.
     """
     ratios = []
@@ -60,8 +62,10 @@ def timed(
         if ours not in found or peer not in found:
             continue
         numbers: dict[str, Any] = dict(ratio(found[ours], found[peer]))
-        if numbers and group in _TAXED and floors and floors[-1] in found:
-            numbers["recovered"] = recovered(found[ours], found[peer], found[floors[-1]])
+        if numbers and group in _TAXED and len(floors) > 1:
+            below, least = found[floors[-2]], found[floors[-1]]
+            numbers["recovered"] = recovered(found[ours], found[peer], below)
+            numbers["avoidable"] = recovered(found[ours], found[peer], together(below, least))
         if numbers:
             ratios.append({"ours": ours, "peer": peer, **numbers})
     return Case(

@@ -11,7 +11,8 @@ from peft import LoraConfig
 from torch import nn
 
 from benchmarks import models
-from benchmarks.models import BASE, DX, PAIRS, PEFT, Sides
+from benchmarks.machine import has_bf16
+from benchmarks.models import BASE, DX, PAIRS, PEFT, PRODUCTS, Sides
 from benchmarks.record import Case, timed
 from benchmarks.timing import Contender, interleave, nothing, said
 
@@ -65,29 +66,28 @@ def works(quick: bool) -> list[Work]:
             _seed((("fp32", (1, 128), (16,)),)),
             _llama("Llama 4 x 256", 4, 256, 688, 1000, (("fp32", (16,), (16,)),)),
         ]
-    # On a CPU without instructions for bf16 it is eight times slower than fp32: sizes at which one
-    # step takes many seconds are left out.
     few, many = (1, 16, 128), (1, 16, 128, 1024)
-    narrow = (("fp32", many, many), *((r, many, few) for r in ("default", "bf16", "autocast")))
-    wide = (
-        ("fp32", many, few),
-        ("default", few, (16,)),
-        ("bf16", (1, 16), (16,)),
-        ("autocast", (1, 16), (16,)),
-    )
-    whole = (
-        ("fp32", few, (16, 128)),
-        ("default", (1, 16), (16,)),
-        ("bf16", (1, 16), (16,)),
-        ("autocast", (1, 16), (16,)),
-    )
+    rest = ("default", "bf16", "autocast")
+    if has_bf16():
+        narrow = tuple((r, many, many) for r in ("fp32", *rest))
+        wide = narrow
+        whole = tuple((r, few, (16, 128)) for r in ("fp32", *rest))
+        last = (("fp32", (1024,), ()), ("default", (1024,), (1024,)))
+    else:
+        # bf16 is then eight times slower than fp32: sizes at which one step takes many seconds are
+        # left out.
+        narrow = (("fp32", many, many), *((r, many, few) for r in rest))
+        thin = tuple((r, (1, 16), (16,)) for r in rest)
+        wide = (("fp32", many, few), *thin)
+        whole = (("fp32", few, (16, 128)), *thin)
+        last = (("fp32", (1024,), ()),)
     return [
         _seed((("fp32", many, many), ("default", few, few))),
         _site(768, narrow),
-        _llama("Llama 150M", 12, 896, 2432, 32000, whole, 4.0),
+        _llama("Llama 150M", 12, 896, 2432, 32000, whole, 12.0),
         _site(4096, wide),
-        Work("GPT-2", models.gpt2, ALL, _words, whole, 4.0),
-        _llama("Llama 150M", 12, 896, 2432, 32000, (("fp32", (1024,), ()),), 4.0),
+        Work("GPT-2", models.gpt2, ALL, _words, whole, 12.0),
+        _llama("Llama 150M", 12, 896, 2432, 32000, last, 12.0),
     ]
 
 
@@ -151,13 +151,15 @@ def measure(work: Work, regime: str, tokens: int, *, train: bool, device: str = 
         work.make(dtype), LoraConfig(**work.config), inputs, regime, train=train, device=device
     )
     contenders = _steps(made, regime, device) if train else _passes(made, regime, device)
+    layers = models.factors(made.peft, tokens, regime)
+    contenders[PRODUCTS] = Contender(_products(layers, made.peft, train))
     notes = _bits(made, regime, train, device)
-    floors = (BASE, DX) if train else (BASE,)
+    floors = (BASE, DX, PRODUCTS) if train else (BASE, PRODUCTS)
     on_gpu = device != "cpu"
     found = interleave(
         contenders,
         seconds=work.seconds,
-        rounds=(2, 25),
+        rounds=(3, 25),
         wait=torch.cuda.synchronize if on_gpu else nothing,
     )
     if on_gpu:
@@ -198,8 +200,7 @@ def _training(
     module: nn.Module, inputs: dict[str, Any], regime: str, device: str
 ) -> Callable[[Any], None]:
     """Returns one training step: forward, loss, backward, AdamW."""
-    trained = [p for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-5)
+    optimizer = _adamw([p for p in module.parameters() if p.requires_grad])
 
     def once(_: Any) -> None:
         backward(module, inputs, regime, device, dx=False)
@@ -207,6 +208,31 @@ def _training(
         optimizer.zero_grad(set_to_none=True)
 
     return once
+
+
+def _products(
+    layers: list[models.Factors], adapted: nn.Module, train: bool
+) -> Callable[[Any], None]:
+    """Returns what adapters cost in any case: their products, and in training their AdamW."""
+    optimizer = None
+    if train:
+        own = [nn.Parameter(p.detach().clone()) for p in adapted.parameters() if p.requires_grad]
+        for p in own:
+            p.grad = torch.ones_like(p)
+        optimizer = _adamw(own)
+
+    def once(_: Any) -> None:
+        with torch.no_grad():
+            models.multiply(layers, train=train)
+        if optimizer is not None:
+            optimizer.step()
+
+    return once
+
+
+def _adamw(trained: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """Returns the optimizer of every side; fused is the default of transformers' Trainer."""
+    return torch.optim.AdamW(trained, lr=1e-5, fused=True)
 
 
 def backward(

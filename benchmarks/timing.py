@@ -59,6 +59,9 @@ def interleave(
 ) -> dict[str, Samples]:
     """Times all contenders, A B C C B A in every round, so that a drift of the machine hits all.
 
+    The next round begins with B, so that nobody always runs behind the same one: what a contender
+    leaves in the caches and in the heap is a gift or a burden to the next.
+
     Args:
         contenders: by name.
         seconds: about how long all of it may take; short contenders get more rounds.
@@ -86,8 +89,8 @@ def interleave(
         calls[name] = 1 if c.setup else max(1, min(2000, int(LEAST / max(cpu, wall, 1e-7))))
         spent += 2 * max(cpu, wall) * calls[name]
     many = max(rounds[0], min(rounds[1], int(seconds / max(spent, 1e-9)))) if warm else rounds[0]
-    for _ in range(many):
-        _round(contenders, calls, found, wait)
+    for i in range(many):
+        _round(contenders, calls, found, wait, first=i)
     return found
 
 
@@ -96,8 +99,10 @@ def _round(
     calls: dict[str, int],
     found: dict[str, Samples],
     wait: Callable[[], None],
+    first: int,
 ) -> None:
     names = [name for name in contenders if name in calls]
+    names = [names[(first + i) % len(names)] for i in range(len(names))]
     twice: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     for name in [*names, *reversed(names)]:
         try:
@@ -171,6 +176,15 @@ def recovered(ours: Samples, peer: Samples, floor: Samples) -> float | None:
         return None
     saved = [p - o for p, o in zip(peer.cpu, ours.cpu, strict=True)]
     return statistics.median(saved) / statistics.median(tax)
+
+
+def together(one: Samples, other: Samples) -> Samples:
+    """Returns the sum of two contenders, round by round."""
+    return Samples(
+        [a + b for a, b in zip(one.cpu, other.cpu, strict=False)],
+        [a + b for a, b in zip(one.wall, other.wall, strict=False)],
+        one.failed or other.failed,
+    )
 
 
 def said(e: BaseException) -> str:

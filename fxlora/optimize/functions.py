@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,6 +10,18 @@ import torch
 # F.linear itself, without the Python name in front of it.
 linear = torch._C._nn.linear
 _addmm, _add, _F32 = torch.addmm, torch.add, torch.float32
+_HALVES = (torch.bfloat16, torch.float16)
+MOST = 128  # the longest inner dimension the BLAS sums up in one go
+_MANY = 1 << 15  # below, one more node of autograd's graph costs more than a pass over the output
+
+
+def is_power_of_two(s: float) -> bool:
+    """Whether multiplying by a number changes the exponent only.
+
+    >>> is_power_of_two(0.5), is_power_of_two(2.0), is_power_of_two(1.5), is_power_of_two(-4.0)
+    (True, True, False, True)
+    """
+    return s != 0 and abs(math.frexp(s)[0]) == 0.5
 
 
 def conv1d(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -44,18 +57,26 @@ def cast_for_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def add_product(
     y: torch.Tensor, h: torch.Tensor, weight: torch.Tensor, alpha: float
 ) -> torch.Tensor:
-    """Returns y + alpha * h W^T, by one addmm where that gives the bits of the two steps.
+    """Returns y + alpha * h W^T in the wider of their dtypes, by one addmm where bits allow it.
 
-    It does in float32 outside autocast: the product is summed up from zero and then added. In
-    bfloat16 the addmm rounds once where the two steps round twice.
+    They do where the adapter computes in float32: its product is summed up from zero and then added
+    to y, or to y cast to float32, which adding the two does as well. In bfloat16 the addmm rounds
+    once where the two steps round twice.
     """
-    if h.dtype is _F32 and y.dtype is _F32:
-        if h.ndim == 2:
-            return _addmm(y, h, weight.t(), alpha=alpha)
-        if h.ndim == 3 and h.is_contiguous() and y.is_contiguous():
-            flat = _addmm(y.view(-1, y.size(-1)), h.view(-1, h.size(-1)), weight.t(), alpha=alpha)
-            return flat.view(y.shape)
+    wide = h.dtype is _F32 and (y.dtype is _F32 or (y.dtype in _HALVES and y.numel() >= _MANY))
+    if wide and h.ndim == 2:
+        return _sum(y, h, weight, alpha)
+    if wide and h.ndim == 3 and h.is_contiguous() and y.is_contiguous():
+        flat = _sum(y.view(-1, y.size(-1)), h.view(-1, h.size(-1)), weight, alpha)
+        return flat.view(y.shape)
     return _add(y, linear(h, weight), alpha=alpha)
+
+
+def _sum(y: torch.Tensor, h: torch.Tensor, weight: torch.Tensor, alpha: float) -> torch.Tensor:
+    if y.dtype is _F32:
+        return _addmm(y, h, weight.t(), alpha=alpha)
+    # The cast is a tensor of our own, so the sum may be written into it.
+    return y.to(_F32).addmm_(h, weight.t(), alpha=alpha)
 
 
 class _Again(torch.autograd.Function):
@@ -81,7 +102,8 @@ def cast_again(x: torch.Tensor, weight: torch.Tensor, cast: torch.Tensor) -> tor
         weight: what this one is multiplied by.
         cast: what x was cast to for the sibling.
     """
-    if cast is x or cast.dtype != weight.dtype or torch.compiler.is_compiling():
+    few = x.numel() < _MANY  # a function of Python's in autograd's graph takes longer than the cast
+    if few or cast is x or cast.dtype != weight.dtype or torch.compiler.is_compiling():
         return cast_for_product(x, weight)
     if not (torch.is_grad_enabled() and x.requires_grad):
         return cast

@@ -15,16 +15,27 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from fxlora.optimize.functions import cast_for_product, dropout, linear
+from fxlora.optimize.functions import (
+    MOST,
+    add_product,
+    cast_for_product,
+    dropout,
+    is_power_of_two,
+    linear,
+)
 
 _Site = tuple[Any, Any, Any, Any, float, Any]  # weight, bias, A, B, scaling, its Dropout or None
 
 
 class _Plan(NamedTuple):
-    """What a group does besides its tensors: a scaling and a dropout probability a site."""
+    """What a group does besides its tensors: a scaling and a dropout probability a site.
+
+    `thin`: the scaling is a power of two, so it may be applied where the tensors are thin.
+    """
 
     scaling: float
     p: float
+    thin: bool
 
 
 def lora_group(x: torch.Tensor, sites: Sequence[_Site]) -> tuple[torch.Tensor, ...]:
@@ -37,12 +48,17 @@ def lora_group(x: torch.Tensor, sites: Sequence[_Site]) -> tuple[torch.Tensor, .
     base = [t for s in sites for t in s[:2] if t is not None]
     if not torch.is_grad_enabled() or any(t.requires_grad for t in base):
         return tuple(plain_site(x, *site) for site in sites)
-    plan = tuple(_Plan(s[4], s[5].p if s[5] is not None and s[5].training else 0.0) for s in sites)
+    plan = tuple(_plan(*s[4:]) for s in sites)
     if any(one.p >= 1 for one in plan):
         return tuple(plain_site(x, *site) for site in sites)
     flat = [t for s in sites for t in s[:4]]
     made: tuple[torch.Tensor, ...] = _Group.apply(x, plan, *flat)  # type: ignore[no-untyped-call]
     return made
+
+
+def _plan(scaling: float, drop: Any) -> _Plan:
+    p = drop.p if drop is not None and drop.training else 0.0
+    return _Plan(scaling, p, is_power_of_two(scaling))
 
 
 def plain_site(
@@ -74,10 +90,13 @@ class _Group(torch.autograd.Function):
                 given = given * noise.div_(1 - one.p)
             else:
                 given = cast_for_product(x, a)
-            z = linear(linear(given, a), b)
-            total = torch.add(y, z, alpha=one.scaling)
+            h = linear(given, a)
+            if one.thin and b.shape[1] <= MOST:
+                total = add_product(y, h, b, one.scaling)
+            else:
+                total = torch.add(y, linear(h, b), alpha=one.scaling)
             out.append(total if total.dtype == y.dtype else total.to(y.dtype))
-            ctx.compute = z.dtype
+            ctx.compute = h.dtype
         ctx.plan = plan
         ctx.save_for_backward(x, *(t for i in range(len(plan)) for t in _three(flat, i)), *masks)
         return tuple(out)
@@ -126,10 +145,13 @@ class _SiteGrad:
             # The division of ones and zeros, as in the forward pass, bit for bit.
             flat = mask.reshape(x.shape).to(a.dtype)
             self._noise = flat.div_(1 - one.p)
-        self._out = (
-            self._grad.to(compute) if one.scaling == 1 else self._grad.to(compute) * one.scaling
-        )
-        self._inner = self._out @ b.to(compute)
+        self._out = self._grad.to(compute)
+        if not one.thin:
+            self._out = self._out * one.scaling
+        self._inner = self._thin(self._out @ b.to(compute))
+
+    def _thin(self, t: torch.Tensor) -> torch.Tensor:
+        return t.mul_(self._one.scaling) if self._one.thin and self._one.scaling != 1 else t
 
     def adapters(self, needed: Sequence[bool]) -> tuple[Any, Any]:
         """Returns the gradients of A and B, where they are wanted."""
@@ -142,7 +164,7 @@ class _SiteGrad:
             of_a = (self._inner.t() @ given).to(self._a.dtype)
         if needed[3]:
             h = given @ self._a.to(self._compute).t()
-            of_b = (self._out.t() @ h).to(self._b.dtype)
+            of_b = self._thin(self._out.t() @ h).to(self._b.dtype)
         return of_a, of_b
 
     def inputs(self) -> tuple[torch.Tensor, torch.Tensor]:

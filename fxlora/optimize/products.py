@@ -2,10 +2,11 @@
 
     torch.add(y, F.linear(h, B), alpha=s)  ->  add_product(y, h, B, s) = addmm(y, h, B^T, alpha=s)
 
-Bits stay where it is one: in float32, outside autocast, for ranks up to 128 (a longer sum is split
-by the BLAS and added in pieces) and scalings that are a power of two (addmm's backward pass scales
-behind its products). Elsewhere the function makes the two steps it stands for. It saves
-a pass over the output and two launches a site.
+Bits stay where it is one: where the adapter computes in float32, outside autocast, for ranks up to
+128 (a longer sum is split by the BLAS and added in pieces) and scalings that are a power of two
+(addmm's backward pass scales behind its products, where the tensors are thin). A narrower base is cast
+up first, which the sum of two dtypes would do as well, only slower. Elsewhere the function makes the
+two steps it stands for. It saves a pass over the output forward, one backward, and two launches a site.
 """
 
 from __future__ import annotations
@@ -17,10 +18,8 @@ from torch.nn import functional as F
 
 from fxlora.optimize import functions
 from fxlora.optimize.edit import only_user, replaced, weight_at
+from fxlora.optimize.functions import MOST, is_power_of_two
 from fxlora.optimize.report import Refusal, Step, site_of
-from fxlora.optimize.scalings import is_power_of_two
-
-MOST = 128  # the longest inner dimension the BLAS sums up in one go
 
 
 def products(graph: Graph, root: nn.Module) -> Step:
@@ -53,13 +52,4 @@ def _why_not(root: nn.Module, node: Node, product: object) -> str:
         return f"in {weight.dtype} one step rounds less often than two"
     if weight.shape[1] > MOST:
         return f"its rank is above {MOST}, where the BLAS adds in pieces"
-    base = _is_float32(root, node.args[0])
-    return "" if base else "its base is in another dtype than the adapter"
-
-
-def _is_float32(root: nn.Module, node: object) -> bool:
-    """Whether the other summand may be in float32: not when its own weight says otherwise."""
-    if isinstance(node, Node) and node.target is F.linear:
-        weight = weight_at(root, node.args[1])
-        return weight is None or weight.dtype is torch.float32
-    return True
+    return ""

@@ -9,8 +9,6 @@ before it is added: y is within one unit in the last place, and the gradients ar
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import nn
 from torch.fx import Graph, Node
@@ -37,15 +35,6 @@ def scalings(graph: Graph, root: nn.Module) -> Step:
         graph.erase_node(scaled)
         changed += 1
     return Step("scalings", changed, tuple(left))
-
-
-def is_power_of_two(s: float) -> bool:
-    """Whether multiplying by a number changes the exponent only.
-
-    >>> is_power_of_two(0.5), is_power_of_two(2.0), is_power_of_two(1.5), is_power_of_two(-4.0)
-    (True, True, False, True)
-    """
-    return s != 0 and abs(math.frexp(s)[0]) == 0.5
 
 
 def _is_scaling(node: object) -> bool:
