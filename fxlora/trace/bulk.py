@@ -90,5 +90,8 @@ class Writer:
         self._insert(node)
         self._table(node)
         graph._len += 1
-        node.meta = meta
+        _set(node, "meta", meta)
         return node
+
+
+_set = object.__setattr__  # a node looks at every name that is set, for `target` and the like

@@ -106,12 +106,16 @@ def shell(module: nn.Module, view: ParameterView | None = None) -> nn.Module:
             new = _copy_leaf(old)
         else:
             new = nn.Module()
-            new.training = old.training
+            new.__dict__["training"] = old.training
         modules[id(old)] = new
-        new._parameters = {k: viewed(p) for k, p in old._parameters.items()}
-        new._buffers = dict(old._buffers)
-        new._non_persistent_buffers_set = set(old._non_persistent_buffers_set)
-        new._modules = {k: None if m is None else build(m, inside) for k, m in old._modules.items()}
+        # Not by setattr, which asks of everything whether it is a parameter or a module.
+        own, its = new.__dict__, old.__dict__
+        own["_parameters"] = {k: viewed(p) for k, p in its["_parameters"].items()}
+        own["_buffers"] = dict(its["_buffers"])
+        own["_non_persistent_buffers_set"] = set(its["_non_persistent_buffers_set"])
+        own["_modules"] = {
+            k: None if m is None else build(m, inside) for k, m in its["_modules"].items()
+        }
         return new
 
     return build(module)
