@@ -221,11 +221,13 @@ def sides(
 ) -> Sides:
     """Puts the same adapters, with nonzero B, on every side of one model."""
     model = model.to(device).train(train)
-    theirs = get_peft_model(
-        copy.deepcopy(model), copy.deepcopy(config), autocast_adapter_dtype=regime != "bf16"
-    ).train(train)
     traced = fxlora.trace(model, (), inputs)
     plain = fxlora.rewrite(traced, config)
+    # Every side reads the very same base weights: where a copy lies in memory is worth percents.
+    shared: dict[int, Any] = {id(p): p for p in (*model.parameters(), *model.buffers())}
+    theirs = get_peft_model(
+        copy.deepcopy(model, shared), copy.deepcopy(config), autocast_adapter_dtype=regime != "bf16"
+    ).train(train)
     if regime == "bf16":
         for p in plain.parameters():
             if p.requires_grad:

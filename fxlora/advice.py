@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fxlora import extras, matching
 from fxlora.errors import did_you_mean
-from fxlora.text import count
+from fxlora.text import count, ranges
 
 if TYPE_CHECKING:
     from fxlora.plan import PlannedSite
@@ -74,6 +75,24 @@ def warnings_of(
         yield f"{count(len(bypassed), 'adapted site')} read without going through the module: " + (
             ", ".join(bypassed[:3]) + (", ..." if len(bypassed) > 3 else "")
         )
+    for p in planned:
+        if p.adapted and p.kind == "Parameter" and p.bypassed and not p.everywhere:
+            yield (
+                f"{p.name} is read outside its module's own calls; PEFT puts a wrapper in the module's "
+                "place that does not have it, so PEFT's model raises there"
+            )
+
+
+def first_name_hint(target: str, planned: Sequence[PlannedSite]) -> str:
+    """Returns a sentence where an entry is another name of a module; "" where it is not."""
+    for p in planned:
+        for alias in p.site.aliases:
+            if alias == target or alias.endswith(f".{target}"):
+                return (
+                    f" {alias!r} is another name of {p.name!r}, and PEFT sees a module by its first "
+                    f"name only: write {p.name!r}."
+                )
+    return ""
 
 
 def part_hint(target: str, parts: list[Site]) -> str:
@@ -169,7 +188,13 @@ def no_match(
     elif isinstance(shown, str) and shown in last:
         near = f" A string is one pattern for the whole name; write [{shown!r}] for a suffix."
     limited = [p.reason for p in planned if p.rule == "layer"]
-    why = f" {limited[0]}." if limited else ""
+    why = f" {limited[0]}" if limited else ""
+    if limited:  # the names are right then
+        numbers = {int(m.group(1)) for r in limited if (m := re.match(r"layer (\d+)\b", r))}
+        why += f"; those it names are in layers {ranges(sorted(numbers))}." if numbers else "."
+        near = ""
+    elif not isinstance(shown, str) and shown:
+        near = first_name_hint(shown[0], planned) or near
     return (
         f"target_modules={shown!r} selected none of the {len(names)} linear sites {listed}."
         f"{why}{near}"

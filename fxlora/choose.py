@@ -94,7 +94,8 @@ class Choice(Printed):
         }
 
     def _parts(self) -> Iterable[str]:
-        lines = [f"{count(len(self.wanted), 'site')}, {self.entries} to write:"]
+        layers = " (the list of layers counts as one)" if self.layers_to_transform else ""
+        lines = [f"{count(len(self.wanted), 'site')}, {self.entries} to write{layers}:"]
         lines += [f"  {name}={value!r}" for name, value in self.fields().items()]
         if self.regex and self.regex_exact and self.regex != self.target_modules:
             lines.append(f"  or as one regex: target_modules={self.regex!r}")

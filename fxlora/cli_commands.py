@@ -7,7 +7,7 @@ import json
 import sys
 from typing import Any
 
-from fxlora.cli_values import build, cast, config_of, inputs_of, names, planned
+from fxlora.cli_values import build, config_of, names, planned
 from fxlora.errors import FxloraError
 
 EXIT_OK, EXIT_DIFFERS, EXIT_USAGE, EXIT_ERROR = 0, 1, 2, 3
@@ -79,8 +79,8 @@ def _choose(a: argparse.Namespace) -> int:
     import fxlora
     from fxlora.choose import choose
 
-    model = build(a.model)
-    choice = choose(fxlora.trace(model, *inputs_of(model)), a.choose)
+    model, (args, kwargs) = build(a.model)
+    choice = choose(fxlora.trace(model, args, kwargs), a.choose)
     print(json.dumps(choice.to_dict(), indent=2) if a.json else choice)
     return EXIT_OK if choice.exact else EXIT_DIFFERS
 
@@ -124,8 +124,7 @@ def run_compare(a: argparse.Namespace) -> int:
     import fxlora
 
     config = config_of(a)
-    model = build(a.model)
-    args, kwargs = inputs_of(model)
+    model, (args, kwargs) = build(a.model)
     try:
         result = fxlora.compare(model, config, args, kwargs)
     except FxloraError:
@@ -157,8 +156,8 @@ def run_lint(a: argparse.Namespace) -> int:
     settings, config = _lint_settings(a), config_of(a)
     import fxlora
 
-    model = build(a.model)
-    report = lint(fxlora.trace(model, *inputs_of(model)), config, settings)
+    model, (args, kwargs) = build(a.model)
+    report = lint(fxlora.trace(model, args, kwargs), config, settings)
     form = "json" if a.json else a.format or "text"
     text = written(report, form, _artifact(a))
     if a.output is None:
@@ -224,8 +223,7 @@ def run_memory(a: argparse.Namespace) -> int:
     from fxlora.memory_sweep import configured, sweep
 
     config = None if a.sweep and a.target_modules is None and a.config is None else config_of(a)
-    model = cast(build(a.model), a.dtype)
-    args, kwargs = inputs_of(model)
+    model, (args, kwargs) = build(a.model, a.dtype)
     import fxlora
 
     traced = fxlora.trace(model, args, kwargs)
@@ -249,8 +247,8 @@ def run_check(a: argparse.Namespace) -> int:
 
     folder = find(a.adapter)
     config, shapes = read_config(folder), read_shapes(folder)
-    model = build(a.base)
-    traced = fxlora.trace(model, *inputs_of(model))
+    model, (args, kwargs) = build(a.base)
+    traced = fxlora.trace(model, args, kwargs)
     lora = fxlora.rewrite(traced, config, reach=read_reach(folder))
     report = check_tensors(lora, "default", shapes, config)
     if a.json:

@@ -113,7 +113,7 @@ def _config_file(path: str) -> Any:
         raise ConfigError(f"--config {path}: {e}") from None
 
 
-def inputs_of(model: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _inputs_of(model: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Returns example inputs for a model; none where they cannot be made."""
     from fxlora.errors import TraceError
     from fxlora.example_inputs import for_model
@@ -124,38 +124,53 @@ def inputs_of(model: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return (), {}
 
 
-def build(spec: str) -> Any:
-    """Builds the model, and says whose fault it is when the user's own code raises."""
+def build(
+    spec: str, dtype: str | None = None
+) -> tuple[Any, tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Builds the model, and says whose fault it is when the user's own code raises.
+
+    Returns:
+        The model, its floating-point weights in `dtype` where one is given; and example inputs,
+        those that came with it or built for it.
+
+    Raises:
+        ConfigError: for a dtype models are not trained in.
+    """
     from fxlora import models
     from fxlora.errors import ModelSpecError
 
     try:
-        return models.build(spec)
+        model, given = models.with_inputs(spec)
     except FxloraError:
         raise
     except Exception as e:
         where = _last_line(e)
         raise ModelSpecError(f"{spec!r} raised {type(e).__name__}{where}: {e}") from e
+    if dtype is not None:
+        model, given = _cast(model, given, dtype)
+    return model, _inputs_of(model) if given is None else given
 
 
-def cast(model: Any, dtype: str | None) -> Any:
-    """Returns the model with its floating-point weights in another dtype; itself for None.
-
-    Raises:
-        ConfigError: for a dtype models are not trained in.
-    """
+def _cast(model: Any, given: Any, dtype: str) -> tuple[Any, Any]:
+    """Returns the model and its inputs with their floating-point numbers in another dtype."""
     import torch
 
     from fxlora.errors import ConfigError, did_you_mean
 
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype is None:
-        return model
     if dtype not in known:
         raise ConfigError(
             f"--dtype {dtype!r} is none of {list(known)}.{did_you_mean(dtype, known)}"
         )
-    return model.to(known[dtype])  # built for this command, and nobody else's
+    to = known[dtype]
+
+    def moved(value: Any) -> Any:
+        floats = isinstance(value, torch.Tensor) and value.is_floating_point()
+        return value.to(to) if floats else value
+
+    from torch.utils._pytree import tree_map
+
+    return model.to(to), tree_map(moved, given)  # built for this command, and nobody else's
 
 
 def _last_line(error: Exception) -> str:
@@ -179,6 +194,6 @@ def planned(a: argparse.Namespace, *, whole: bool = True) -> tuple[Any, Any]:
     from fxlora.trace.tracer import outline
 
     config = config_of(a)
-    model = build(a.model)
-    traced = (fxlora.trace if whole else outline)(model, *inputs_of(model))
+    model, (args, kwargs) = build(a.model)
+    traced = (fxlora.trace if whole else outline)(model, args, kwargs)
     return traced, fxlora.plan(traced, config, reach=names(a.reach) or ())

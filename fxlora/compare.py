@@ -95,12 +95,13 @@ class Comparison(Printed):
             certificate and the run then compare PEFT with a graph that has its mistake built in.
         parameters: the parameter table.
         certificate: the structural proof.
-        outputs, gradients: per tensor, from running both; empty on the meta device.
+        outputs, gradients: per tensor, from running both; empty where `not_run` says why.
         trainable, total: ours; `peft_trainable`, `peft_total` as print_trainable_parameters.
         plan: the plan that was compared.
         tree_before, tree_after: the modules on the way to a site, as PEFT wraps them.
         peft_version: the version compared with.
         notes: what the trace of the model says of itself (fixed sizes, one mode only).
+        not_run: why there are no outputs and gradients; empty where there are.
     """
 
     equal: bool
@@ -119,6 +120,7 @@ class Comparison(Printed):
     peft_version: str = ""
     notes: tuple[str, ...] = ()
     divergences: tuple[Divergence, ...] = ()
+    not_run: str = ""
 
     @property
     def percent(self) -> float:
@@ -133,7 +135,7 @@ class Comparison(Printed):
             k: getattr(self, k)
             for k in (
                 "equal", "trainable", "total", "percent", "peft_trainable", "peft_total",
-                "peft_version",
+                "peft_version", "not_run",
             )
         }  # fmt: skip
         out["differences"], out["notes"] = list(self.differences), list(self.notes)
@@ -236,9 +238,20 @@ def compare(
         tree_before=_tree(model, plan),
         tree_after=_tree(theirs, plan),
         peft_version=peft.__version__,
-        notes=(*info(traced).notes, *_unproved(certificate)),
+        notes=(
+            *info(traced).notes,
+            *_unproved(certificate),
+            *(_attention_notes(model, mode) if ran else ()),
+        ),
         divergences=known,
+        not_run="" if outputs else _why_not_run(ran, run),
     )
+
+
+def _why_not_run(tried: bool, asked: bool | None) -> str:
+    if tried:
+        return "it failed, and the differences say how"
+    return "run=False" if asked is False else "the weights are on the meta device"
 
 
 def _check_drawn(plan: Plan, traced: GraphModule) -> None:
@@ -441,17 +454,43 @@ def _run_both(
         except RuntimeError as e:
             # Only where PEFT's own mistake is built in: shapes that do not add up (a dilation lost).
             raise PeftRunError(f"what PEFT computes cannot run: {e}") from e
-    with _kept_buffers(ours, theirs):
+    with _kept_buffers(ours, theirs), _plain_attention():
         try:
             b, grads_b = _run(theirs, other, args, kwargs)
         except Exception as e:
             raise PeftRunError(f"PEFT's model fails when it runs: {type(e).__name__}: {e}") from e
     if not a:
         raise PeftRunError("nothing was compared: the output holds no floating tensor")
+    if len(a) != len(b):
+        raise PeftRunError(f"the graph returns {len(a)} floating tensors, PEFT's model {len(b)}")
     outputs = [_deviation(f"output {i}", x, y) for i, (x, y) in enumerate(zip(a, b, strict=True))]
     names = [n for n in mine if n in grads_a or n in grads_b]
     gradients = [_deviation(n, grads_a.get(n), grads_b.get(n)) for n in names]
     return tuple(outputs), tuple(gradients)
+
+
+@contextlib.contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Turns torch's fused attention for inference off: a graph computes the plain one.
+
+    nn.MultiheadAttention takes it in eval mode when nothing it reads wants a gradient, and it rounds
+    otherwise. What it does to adapters is a divergence of its own, FAST_PATH.
+    """
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def _attention_notes(model: nn.Module, mode: bool) -> list[str]:
+    if mode or not any(isinstance(m, nn.MultiheadAttention) for m in model.modules()):
+        return []
+    return [
+        "torch's fused attention for inference (torch.backends.mha) was off while PEFT's model ran; "
+        "it rounds otherwise than the plain one, which is what the graph computes"
+    ]
 
 
 def _perturb(sides: list[dict[str, nn.Parameter]], names: list[str]) -> None:

@@ -24,6 +24,7 @@ from fxlora.rewrite import follow, held_of
 from fxlora.trace.bulk import copy_graph
 from fxlora.trace.shell import shell
 from fxlora.trace.tracer import graph_module
+from fxlora.weights import inside
 
 
 def merge(lora: GraphModule, safe: bool = False) -> GraphModule:
@@ -114,6 +115,8 @@ def _set_apart(root: nn.Module, graph: Graph, planned: PlannedSite) -> None:
     A call by another name of the module, and a read of its weight past the module, are not adapted;
     after a merge they must still find the base weight.
     """
+    if planned.kind == "Parameter" and not planned.everywhere:
+        _read_apart(root, graph, planned)
     if planned.form == "delta" or planned.everywhere:
         return
     parent, _, last = planned.site.owner.rpartition(".")
@@ -128,6 +131,24 @@ def _set_apart(root: nn.Module, graph: Graph, planned: PlannedSite) -> None:
         if "bypassed_weight" not in apart._parameters:
             apart.register_parameter("bypassed_weight", apart._parameters["weight"])
     root.get_submodule(parent)._modules[last] = apart
+
+
+def _read_apart(root: nn.Module, graph: Graph, planned: PlannedSite) -> None:
+    """Lets what reads a parameter outside its module's calls, where no adapter is, keep the base."""
+    name = planned.site.weight_name
+    owner, _, last = name.rpartition(".")
+    for node in [n for n in graph.nodes if n.op == "get_attr" and n.target == name]:
+        outside = [u for u in node.users if not inside(u, planned.scope)]
+        if not outside or len(outside) == len(node.users):
+            continue
+        module = root.get_submodule(owner)
+        if f"bypassed_{last}" not in module._parameters:
+            module.register_parameter(f"bypassed_{last}", module._parameters[last])
+        with graph.inserting_after(node):
+            kept = graph.get_attr(f"{owner}.bypassed_{last}")
+        kept.meta = dict(node.meta)
+        for user in outside:
+            user.replace_input_with(node, kept)
 
 
 def _merge_site(
@@ -151,7 +172,8 @@ def _merge_site(
             f"{planned.name!r} is an Embedding with max_norm, which would rescale the merged rows; "
             "keep the adapter beside it"
         )
-    if planned.form == "branch" and calls and not any(planned.reaches(c) for c in calls):
+    named_only = planned.form == "branch" or planned.kind == "Parameter"
+    if named_only and calls and not any(planned.reaches(c) for c in calls):
         return  # adapted in name only: no call goes through the layer, so no output has it
     name = planned.site.weight_name
     owner, _, last = name.rpartition(".")

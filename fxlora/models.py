@@ -1,4 +1,4 @@
-"""A model named on a command line -> a module on the meta device; nothing is fetched or loaded."""
+"""A model named on a command line -> a module, and inputs; nothing is fetched or loaded."""
 
 from __future__ import annotations
 
@@ -14,17 +14,25 @@ from torch import nn
 
 from fxlora.errors import ModelSpecError, did_you_mean
 
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
 
 def build(spec: str) -> nn.Module:
-    """Builds the model a user named.
+    """Builds the model a user named; see `with_inputs`."""
+    return with_inputs(spec)[0]
+
+
+def with_inputs(spec: str) -> tuple[nn.Module, Inputs | None]:
+    """Builds the model a user named, and the example inputs that came with it.
 
     Args:
         spec: a transformers `config.json`, a directory that holds one, a transformers model type
-            (`llama`), or `module:callable`, where the callable returns the model.
+            (`llama`), or `module:callable`, where the callable returns the model, or the model and
+            example inputs: `(model, args)`, `(model, kwargs)` or `(model, args, kwargs)`.
 
     Returns:
-        The model in eval mode; a transformers model is built on the meta device, so its size does
-        not matter and no weight is loaded.
+        The model and its inputs, None where the callable gave none. A transformers model is built
+        on the meta device in eval mode, so its size does not matter and no weight is loaded.
 
     Raises:
         ModelSpecError: says which of these forms was tried, and what to change.
@@ -35,12 +43,12 @@ def build(spec: str) -> nn.Module:
         if not path.is_file():
             raise ModelSpecError(f"{spec!r} is a directory without a config.json")
     if path.is_file():
-        return _from_config_file(path)
+        return _from_config_file(path), None
     if ":" in spec:
         return _from_callable(spec)
     if spec.endswith(".json") or os.sep in spec:
         raise ModelSpecError(f"{spec!r}: no such file. {_FORMS}")
-    return _from_model_type(spec)
+    return _from_model_type(spec), None
 
 
 _FORMS = (
@@ -139,7 +147,7 @@ def _built(make: Any, name: str, config: Any) -> nn.Module:
     return made
 
 
-def _from_callable(spec: str) -> nn.Module:
+def _from_callable(spec: str) -> tuple[nn.Module, Inputs | None]:
     module_name, _, attribute = spec.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -154,6 +162,21 @@ def _from_callable(spec: str) -> nn.Module:
             f"{spec!r}: {module_name} has no {attribute!r}.{did_you_mean(attribute, public)}"
         )
     made = target if isinstance(target, nn.Module) else target()
-    if not isinstance(made, nn.Module):
-        raise ModelSpecError(f"{spec!r} gave a {type(made).__name__}, not a torch.nn.Module")
-    return made
+    if isinstance(made, nn.Module):
+        return made, None
+    if not isinstance(made, tuple) or not made or not isinstance(made[0], nn.Module):
+        raise ModelSpecError(
+            f"{spec!r} gave a {type(made).__name__}, not a torch.nn.Module or a tuple that begins "
+            "with one: (model, args, kwargs)"
+        )
+    model, *given = made
+    kinds = [type(v) for v in given]
+    if kinds not in ([], [tuple], [dict], [tuple, dict]):
+        shown = ", ".join(k.__name__ for k in kinds)
+        raise ModelSpecError(
+            f"{spec!r} gave a model and ({shown}); example inputs are a tuple of arguments, a "
+            "dictionary of keywords, or one behind the other: (model, args, kwargs)"
+        )
+    args = next((v for v in given if isinstance(v, tuple)), ())
+    kwargs = next((v for v in given if isinstance(v, dict)), {})
+    return model, (args, kwargs) if given else None

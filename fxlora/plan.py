@@ -30,7 +30,7 @@ from fxlora.sites import Call, Site, kind_of, sites
 from fxlora.targets import AllLinear, model_type, resolve_targets
 from fxlora.text import table
 from fxlora.trace.bulk import uncollected
-from fxlora.trace.shell import tree
+from fxlora.trace.shell import is_leaf, tree
 from fxlora.trace.tracer import outline
 
 ADAPTER = "default"
@@ -385,6 +385,8 @@ def _all_sites(traced: GraphModule, config: Any) -> list[Site]:
             )
         owner = owners.get(name.rpartition(".")[0])
         _check_owner(name, owner, config)
+        if owner is None:
+            _check_whole(name, traced)
         shape = tuple(p.shape)
         calls = owner.calls if owner is not None else ()
         found.append(Site(name, "Parameter", "Parameter", shape[1], shape[0], shape, False, calls))
@@ -415,6 +417,19 @@ def _check_owner(name: str, owner: Site | None, config: Any) -> None:
             f"target_parameters selects {name!r}, the weight of a {owner.type_name}; name the layer "
             f"in target_modules instead: {owner.name!r}"
         )
+
+
+def _check_whole(name: str, traced: GraphModule) -> None:
+    """Refuses a parameter of a module that stays one call of the graph: nothing reads it there."""
+    above = name
+    while above := above.rpartition(".")[0]:
+        module = traced.get_submodule(above)
+        if is_leaf(module):
+            raise UnsupportedError(
+                f"target_parameters selects {name!r}, a parameter of {above!r}, a "
+                f"{type(module).__name__} that torch computes as a whole: an adapter can be added to "
+                "a parameter only where a forward in Python reads it. Leave it out"
+            )
 
 
 def _as_peft_sees(site: Site, traced: GraphModule) -> Site:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from fxlora.text import count, human, open_indices, table
+from fxlora.text import count, human, open_indices, open_varied, table
 
 if TYPE_CHECKING:
     from fxlora.compare import Comparison, Parameter
@@ -25,21 +25,6 @@ def totals(trainable: int, total: int, percent: float) -> str:
     )
 
 
-def ranges(indices: list[int]) -> str:
-    """Returns indices as ranges.
-
-    >>> ranges([0, 1, 2, 5])
-    '0-2, 5'
-    """
-    out: list[list[int]] = []
-    for i in sorted(indices):
-        if out and out[-1][-1] == i - 1:
-            out[-1].append(i)
-        else:
-            out.append([i])
-    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in out)
-
-
 def plan_rows(plan: Plan) -> list[tuple[str, ...]]:
     """Returns one row per kind of site: equal sites of repeated layers share a row."""
     groups: dict[tuple[object, ...], list[PlannedSite]] = {}
@@ -54,7 +39,7 @@ def plan_rows(plan: Plan) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for group, members in groups.items():
         s = members[0]
-        name = str(group[0]) if len(members) > 1 else s.name or "(the model)"
+        name = open_varied([m.name for m in members]) or "(the model)"
         note = str(group[4]) if len(members) > 1 else s.reason
         if s.adapted and not s.site.calls:
             note += "; never called"
@@ -109,15 +94,15 @@ def effects_parts(effects: Sequence[Effect]) -> list[str]:
     """Returns effects as a table: equal sites of repeated layers share a row."""
     groups: dict[tuple[str, ...], list[Effect]] = {}
     for e in effects:
-        reason = re.sub(r"_\d+\b", "_*", e.reason)
+        reason = re.sub(r"_\d+\b", "", e.reason)  # the nodes of layers are told apart by a number
         key = (open_indices(e.site), e.adapter, e.verdict, str(e.calls), reason)
         groups.setdefault(key, []).append(e)
     rows = []
-    for (name, adapter, verdict, calls, reason), members in groups.items():
+    for (_, adapter, verdict, calls, reason), members in groups.items():
         alone = len(members) == 1
         rows.append(
             (
-                members[0].site if alone else name,
+                open_varied([m.site for m in members]),
                 "" if alone else f"x{len(members)}",
                 adapter,
                 verdict,
@@ -200,7 +185,7 @@ def _certificate_line(c: Comparison) -> str:
 
 def _run_lines(c: Comparison) -> list[str]:
     if not c.outputs:
-        return ["  run          not run: the weights are on the meta device"]
+        return [f"  run          not run: {c.not_run}"]
     out = []
     for name, rows in (("outputs", c.outputs), ("gradients", c.gradients)):
         same = sum(d.equal for d in rows)

@@ -186,6 +186,8 @@ def _module_site(
         for c in calls.get(a, ())
     ]
     for parameter in parameters:
+        if kind == "MultiheadAttention" and f"{name}.out_proj." in parameter:
+            continue  # a layer of its own
         if parameter in calls and parameter.rpartition(".")[2] != "bias":
             own += [c for c in calls[parameter] if c not in own]
     own.sort(key=lambda c: c.node)

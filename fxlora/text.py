@@ -88,3 +88,28 @@ def open_indices(name: str) -> str:
     'model.layers.*.self_attn.q_proj'
     """
     return re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)", "*", name)
+
+
+def open_varied(names: Sequence[str]) -> str:
+    """Returns names that differ in their indices as one, with those left open that differ.
+
+    >>> open_varied(["layers.0.blocks.0.q", "layers.0.blocks.1.q"])
+    'layers.0.blocks.*.q'
+    """
+    columns = zip(*(name.split(".") for name in names), strict=True)
+    return ".".join(c[0] if len(set(c)) == 1 else "*" for c in columns)
+
+
+def ranges(indices: list[int]) -> str:
+    """Returns indices as ranges.
+
+    >>> ranges([0, 1, 2, 5])
+    '0-2, 5'
+    """
+    out: list[list[int]] = []
+    for i in sorted(indices):
+        if out and out[-1][-1] == i - 1:
+            out[-1].append(i)
+        else:
+            out.append([i])
+    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in out)

@@ -40,7 +40,7 @@ def insert_delta(
     planned = entries[0][1]
     scope = planned.scope
     if users is None:
-        users = [u for u in node.users if _inside(u, scope) or _adds_part(u, planned)]
+        users = [u for u in node.users if inside(u, scope) or _adds_part(u, planned)]
     if not users:
         return
     node.meta.update(role="base", site=planned.site.owner, adapter=entries[0][0])
@@ -76,7 +76,8 @@ def insert_delta(
     redirect(users, node, out)
 
 
-def _inside(user: Node, scope: str) -> bool:
+def inside(user: Node, scope: str) -> bool:
+    """Says whether a node belongs to a call of a module."""
     return any(f.path == scope for f in user.meta.get("module_stack", ()))
 
 

@@ -8,7 +8,7 @@ import operator
 import os
 import sys
 import threading
-from collections import deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -415,6 +415,9 @@ def _is_harmless(line: Source | None) -> bool:
     return line is not None and (os.path.basename(line.file), line.function) in _HARMLESS
 
 
+_CONTAINERS = frozenset((list, dict, OrderedDict, defaultdict, set, deque))
+
+
 @contextlib.contextmanager
 def _restored(model: nn.Module, notes: list[str]) -> Iterator[None]:
     """Puts back whatever attributes the model's forward assigns while it is traced."""
@@ -423,17 +426,22 @@ def _restored(model: nn.Module, notes: list[str]) -> Iterator[None]:
         (name, m, dict(m.__dict__), [dict(m.__dict__[k]) for k in kept])
         for name, m in model.named_modules()  # peft's MultiheadAttention puts its weights back here
     ]
-    contents = [
-        (value, copy.copy(value))
+    # Hooks are in an OrderedDict each: transformers puts its own on when hidden states are asked for.
+    held = [
+        value
         for _, _, attributes, _ in before
         for name, value in attributes.items()
-        if type(value) in (list, dict, set, deque) and name not in kept
+        if type(value) in _CONTAINERS and name not in kept
     ]
+    contents = {id(value): copy.copy(value) for value in held if value}
     try:
         yield
     finally:
-        for value, content in contents:
+        for value in held:
+            if not value and id(value) not in contents:
+                continue
             value.clear()
+            content = contents.get(id(value), ())
             value.update(content) if hasattr(value, "update") else value.extend(content)
         for name, m, attributes, dicts in before:
             changed = _differing(m.__dict__, attributes)

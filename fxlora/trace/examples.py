@@ -102,6 +102,8 @@ def _beside(
         made["input_ids"] = torch.zeros(BATCH, LENGTH, dtype=torch.long)
     if "pixel_values" in names and main == "input_ids" and _is_two_tower(model):
         made["pixel_values"] = _pixels(config)
+    if "input_features" in names and main == "input_ids" and hasattr(model, "get_audio_features"):
+        made["input_features"] = _features(config)
     if "bbox" in names:
         made["bbox"] = torch.zeros(BATCH, LENGTH, 4, dtype=torch.long)
     if "lang_ids" in names:
@@ -176,6 +178,8 @@ def _features(config: Any) -> torch.Tensor:
     # Whisper insists on the full window: two frames per encoder position.
     if getattr(config, "model_type", "") == "whisper":
         return torch.zeros(BATCH, bins, 2 * config.max_source_positions)
+    if getattr(config, "model_type", "") in ("clap", "clap_audio_model"):
+        return torch.zeros(BATCH, 1, 1001, bins)  # ten seconds, in one channel
     if getattr(config, "model_type", "").startswith("granite_speech5"):
         bins *= 4  # its encoder reads four frames at a time
     per_channel = _find(config, "input_feat_per_channel", "feature_projection_input_dim")

@@ -30,6 +30,11 @@ class Reading:
         self._weights: dict[Node, tuple[tuple[int, Weight], ...]] = {}
         self._parameters = dict(graph_module.named_parameters(remove_duplicate=False))
         self._adapters = self._adapter_prefixes()
+        self._of_adapters = {
+            id(p)
+            for name, p in self._parameters.items()
+            if self._adapters and name.startswith(self._adapters)
+        }
         self._owners = self._owner_paths()
         self.plumbing = self._plumbing()
 
@@ -79,7 +84,7 @@ class Reading:
             own = str(node.target).startswith(self._adapters) if self._adapters else False
             for name, p in module.named_parameters() if module is not None else ():
                 full = f"{node.target}.{name}"
-                if own or not (self._adapters and full.startswith(self._adapters)):
+                if own or id(p) not in self._of_adapters:  # by identity: a layer has two names
                     yield id(p), _weight(full, p)
 
     def totals(self) -> tuple[int, int]:
