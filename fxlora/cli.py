@@ -178,13 +178,21 @@ def _add_check(commands: Any) -> None:
     )  # fmt: skip
     command.add_argument("adapter", metavar="ADAPTER_DIR", help="a folder as peft's save_pretrained leaves it")  # fmt: skip
     command.add_argument("--base", required=True, metavar="MODEL", help="the model, named as above")
+    _add_architecture(command)
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(run=run.run_check)
+
+
+def _add_architecture(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--architecture", metavar="CLASS", help="the transformers class to build, such as CLIPModel"
+    )
 
 
 def _add_config(command: argparse.ArgumentParser, optional: bool = False) -> None:
     add = command.add_argument
     add("model", metavar="MODEL", nargs="?" if optional else None, help="a config file or directory, a model type, module:callable")  # fmt: skip
+    _add_architecture(command)
     add("-t", "--target-modules", metavar="NAMES", help="comma-separated names or suffixes, all-linear, or a regex with --regex")  # fmt: skip
     add("--regex", action="store_true", help="read --target-modules as one regular expression")
     add("-r", "--rank", type=int, default=None, help="rank (default: 8)")

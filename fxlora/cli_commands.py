@@ -79,7 +79,7 @@ def _choose(a: argparse.Namespace) -> int:
     import fxlora
     from fxlora.choose import choose
 
-    model, (args, kwargs) = build(a.model)
+    model, (args, kwargs) = build(a.model, architecture=a.architecture)
     choice = choose(fxlora.trace(model, args, kwargs), a.choose)
     print(json.dumps(choice.to_dict(), indent=2) if a.json else choice)
     return EXIT_OK if choice.exact else EXIT_DIFFERS
@@ -124,7 +124,7 @@ def run_compare(a: argparse.Namespace) -> int:
     import fxlora
 
     config = config_of(a)
-    model, (args, kwargs) = build(a.model)
+    model, (args, kwargs) = build(a.model, architecture=a.architecture)
     try:
         result = fxlora.compare(model, config, args, kwargs)
     except FxloraError:
@@ -156,7 +156,7 @@ def run_lint(a: argparse.Namespace) -> int:
     settings, config = _lint_settings(a), config_of(a)
     import fxlora
 
-    model, (args, kwargs) = build(a.model)
+    model, (args, kwargs) = build(a.model, architecture=a.architecture)
     report = lint(fxlora.trace(model, args, kwargs), config, settings)
     form = "json" if a.json else a.format or "text"
     text = written(report, form, _artifact(a))
@@ -223,13 +223,16 @@ def run_memory(a: argparse.Namespace) -> int:
     from fxlora.memory_sweep import configured, sweep
 
     config = None if a.sweep and a.target_modules is None and a.config is None else config_of(a)
-    model, (args, kwargs) = build(a.model, a.dtype)
+    model, (args, kwargs) = build(a.model, a.dtype, a.architecture)
     import fxlora
 
     traced = fxlora.trace(model, args, kwargs)
     args, kwargs = at_sizes(traced, args, kwargs, batch=a.batch, length=a.length)
     reach = names(a.reach) or ()
-    found = [] if config is None else [configured(traced, config, reach, args, kwargs, a.optimizer)]
+    found = []
+    if config is not None:
+        mark = "yours: " if a.sweep else ""
+        found = [configured(traced, config, reach, args, kwargs, a.optimizer, mark)]
     if a.sweep:
         found += sweep(traced, config, args, kwargs, a.optimizer)
     if a.json:
@@ -247,7 +250,7 @@ def run_check(a: argparse.Namespace) -> int:
 
     folder = find(a.adapter)
     config, shapes = read_config(folder), read_shapes(folder)
-    model, (args, kwargs) = build(a.base)
+    model, (args, kwargs) = build(a.base, architecture=a.architecture)
     traced = fxlora.trace(model, args, kwargs)
     lora = fxlora.rewrite(traced, config, reach=read_reach(folder))
     report = check_tensors(lora, "default", shapes, config)

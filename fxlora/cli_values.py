@@ -125,7 +125,7 @@ def _inputs_of(model: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def build(
-    spec: str, dtype: str | None = None
+    spec: str, dtype: str | None = None, architecture: str | None = None
 ) -> tuple[Any, tuple[tuple[Any, ...], dict[str, Any]]]:
     """Builds the model, and says whose fault it is when the user's own code raises.
 
@@ -140,7 +140,7 @@ def build(
     from fxlora.errors import ModelSpecError
 
     try:
-        model, given = models.with_inputs(spec)
+        model, given = models.with_inputs(spec, architecture)
     except FxloraError:
         raise
     except Exception as e:
@@ -194,6 +194,6 @@ def planned(a: argparse.Namespace, *, whole: bool = True) -> tuple[Any, Any]:
     from fxlora.trace.tracer import outline
 
     config = config_of(a)
-    model, (args, kwargs) = build(a.model)
+    model, (args, kwargs) = build(a.model, architecture=a.architecture)
     traced = (fxlora.trace if whole else outline)(model, args, kwargs)
     return traced, fxlora.plan(traced, config, reach=names(a.reach) or ())

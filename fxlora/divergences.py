@@ -330,6 +330,11 @@ DELIBERATE: tuple[Deliberate, ...] = (
         "UnsupportedError", "target_modules adapts such a layer as what it is",
     ),
     Deliberate(
+        "parameter_of_a_whole", "target_parameters",
+        "parametrizes a module that torch computes as a whole (Bilinear, LSTM, a LayerNorm of two "
+        "dimensions)", "UnsupportedError", "an adapter is added where a forward in Python reads it",
+    ),
+    Deliberate(
         "saved_inside_saved", "modules_to_save",
         "copies a module twice that an entry hits inside one another entry hits", "UnsupportedError",
         "one of the copies is never called",

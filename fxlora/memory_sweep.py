@@ -16,11 +16,12 @@ from fxlora.sites import sites
 
 
 def configured(
-    traced: GraphModule, config: Any, reach: Iterable[str], args: Any, kwargs: Any, optimizer: str
-) -> Memory:
-    """Returns what a training step with one configuration holds."""
+    traced: GraphModule, config: Any, reach: Iterable[str], args: Any, kwargs: Any, optimizer: str,
+    mark: str = "",
+) -> Memory:  # fmt: skip
+    """Returns what a training step with one configuration holds; `mark` stands before its label."""
     lora = rewrite(traced, config, reach=tuple(reach))
-    return memory(lora, args, kwargs, optimizer=optimizer, label=_label(config))
+    return memory(lora, args, kwargs, optimizer=optimizer, label=mark + _label(config))
 
 
 def _label(config: Any) -> str:

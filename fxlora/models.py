@@ -22,13 +22,15 @@ def build(spec: str) -> nn.Module:
     return with_inputs(spec)[0]
 
 
-def with_inputs(spec: str) -> tuple[nn.Module, Inputs | None]:
+def with_inputs(spec: str, architecture: str | None = None) -> tuple[nn.Module, Inputs | None]:
     """Builds the model a user named, and the example inputs that came with it.
 
     Args:
         spec: a transformers `config.json`, a directory that holds one, a transformers model type
             (`llama`), or `module:callable`, where the callable returns the model, or the model and
             example inputs: `(model, args)`, `(model, kwargs)` or `(model, args, kwargs)`.
+        architecture: the transformers class to build, in place of the one the config names, or of
+            the first task's its type has a class for.
 
     Returns:
         The model and its inputs, None where the callable gave none. A transformers model is built
@@ -43,12 +45,17 @@ def with_inputs(spec: str) -> tuple[nn.Module, Inputs | None]:
         if not path.is_file():
             raise ModelSpecError(f"{spec!r} is a directory without a config.json")
     if path.is_file():
-        return _from_config_file(path), None
+        return _from_config_file(path, architecture), None
     if ":" in spec:
+        if architecture is not None:
+            raise ModelSpecError(
+                f"{spec!r} builds its own class; an architecture ({architecture!r}) goes with a "
+                "transformers config or model type"
+            )
         return _from_callable(spec)
     if spec.endswith(".json") or os.sep in spec:
         raise ModelSpecError(f"{spec!r}: no such file. {_FORMS}")
-    return _from_model_type(spec), None
+    return _from_model_type(spec, architecture), None
 
 
 _FORMS = (
@@ -67,7 +74,7 @@ def _transformers() -> Any:
     return transformers
 
 
-def _from_config_file(path: Path) -> nn.Module:
+def _from_config_file(path: Path, architecture: str | None) -> nn.Module:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
@@ -83,17 +90,17 @@ def _from_config_file(path: Path) -> nn.Module:
             f"{transformers.__version__}.{did_you_mean(str(model_type), list(known))}"
         )
     config = known[model_type].from_dict(settings)
-    return _from_config(config, settings.get("architectures"))
+    return _from_config(config, settings.get("architectures"), architecture)
 
 
-def _from_model_type(name: str) -> nn.Module:
+def _from_model_type(name: str, architecture: str | None) -> nn.Module:
     transformers = _transformers()
     known = transformers.CONFIG_MAPPING
     if name not in known:
         raise ModelSpecError(
             f"{name!r} is no file and no model type.{did_you_mean(name, list(known))} {_FORMS}"
         )
-    return _from_config(known[name](), None)
+    return _from_config(known[name](), None, architecture)
 
 
 _AUTO = (
@@ -108,9 +115,12 @@ _AUTO = (
 )
 
 
-def _from_config(config: Any, architectures: Any) -> nn.Module:
+def _from_config(config: Any, architectures: Any, architecture: str | None) -> nn.Module:
     transformers = _transformers()
     chosen = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
+    if architecture is not None:
+        _check_architecture(config, architecture)
+        chosen = architecture
     cls = getattr(transformers, chosen, None) if chosen else None
     first: ModelSpecError | None = None
     with torch.device("meta"):
@@ -124,6 +134,32 @@ def _from_config(config: Any, architectures: Any) -> nn.Module:
                 except ModelSpecError as e:  # a speech head without an alphabet, say
                     first = first or e
     raise first or ModelSpecError(f"no transformers model takes a {type(config).__name__}")
+
+
+def _check_architecture(config: Any, name: str) -> None:
+    """Refuses a class that transformers does not have, or that takes another config."""
+    transformers = _transformers()
+    of_type = _classes_of(config)
+    cls = getattr(transformers, name, None)
+    if isinstance(cls, type) and issubclass(cls, nn.Module) and cls.__name__ in of_type:
+        return
+    raise ModelSpecError(
+        f"{name!r} is no class of a {config.model_type} model.{did_you_mean(name, of_type)} "
+        f"There are {of_type}"
+    )
+
+
+def _classes_of(config: Any) -> list[str]:
+    """Returns the names of the classes transformers' auto classes build from a config."""
+    transformers = _transformers()
+    found: dict[str, None] = {}
+    for name in sorted(n for n in dir(transformers) if n.startswith("AutoModel")):
+        mapping = getattr(getattr(transformers, name), "_model_mapping", None)
+        if mapping is None or type(config) not in mapping:
+            continue
+        made = mapping[type(config)]
+        found |= dict.fromkeys(c.__name__ for c in (made if isinstance(made, tuple) else (made,)))
+    return list(found)
 
 
 def _tasks(config: Any) -> list[str]:

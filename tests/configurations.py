@@ -181,6 +181,17 @@ class Half(nn.Module):
         return self.lin(x.to(torch.bfloat16)).to(x.dtype)
 
 
+class Squared(nn.Module):
+    """A parameter of three dimensions in a layer PEFT does not adapt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bilinear = nn.Bilinear(WIDTH, WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.bilinear(x, x)
+
+
 PARTS: dict[str, Callable[[], nn.Module]] = {
     "layers": lambda: nn.ModuleList(Block() for _ in range(2)),
     "model": Decoder,
@@ -195,6 +206,7 @@ PARTS: dict[str, Callable[[], nn.Module]] = {
     "moe": lambda: Mixture(False),
     "transposed_moe": lambda: Mixture(True),
     "low": Half,
+    "squared": Squared,
     "classifier": lambda: nn.Linear(WIDTH, WIDTH),
     "qa_outputs": lambda: nn.Linear(WIDTH, WIDTH, bias=False),
 }

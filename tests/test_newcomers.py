@@ -278,3 +278,12 @@ def test_a_callable_may_give_example_inputs_with_the_model(
     assert main(["memory", "branches_given:both", "-t", "right", "--dtype", "bfloat16"]) == 0
     with pytest.raises(ModelSpecError, match=r"a model and \(Tensor\); example inputs are"):
         with_inputs("branches_given:wrong")
+
+
+def test_the_class_to_build_can_be_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "clip", "--architecture", "CLIPModel", "-t", "q_proj"]) == 0
+    assert capsys.readouterr().out.startswith("CLIPModel:")
+    assert main(["plan", "clip", "--architecture", "CLIPModl", "-t", "q_proj"]) == 2
+    assert "Did you mean 'CLIPModel'?" in capsys.readouterr().err
+    assert main(["plan", "clip", "--architecture", "LlamaModel", "-t", "q_proj"]) == 2
+    assert "no class of a clip model" in capsys.readouterr().err

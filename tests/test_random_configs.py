@@ -391,6 +391,10 @@ def parameter_of_a_layer(case: Case) -> bool:
     return only_ours(case) and re.search("selects .* the weight of a", text(case)) is not None
 
 
+def parameter_of_a_whole(case: Case) -> bool:
+    return only_ours(case) and "torch computes as a whole" in text(case)
+
+
 def saved_inside_saved(case: Case) -> bool:
     return only_ours(case) and "is trained as a whole already" in text(case)
 
@@ -411,7 +415,7 @@ EXCUSES: dict[str, Callable[[Case], bool]] = {
         saved_part_of_an_adapter, mica_in_capitals,
         init_from_data, init_not_read, rank_above_the_weight, olora_on_conv1d, tied_weight_changed,
         tokens_of_an_adapted_layer, attention_and_its_projection, parameter_of_a_layer,
-        saved_inside_saved, task_of_generation,
+        parameter_of_a_whole, saved_inside_saved, task_of_generation,
         mamba_kernels,
     )
 }  # fmt: skip
@@ -549,6 +553,10 @@ SEEN: dict[str, Seen] = {
     "parameter_of_a_layer": Seen(
         Wide(("plain_conv",)), {"target_parameters": ["conv.weight"], "target_modules": []},
         lambda m: m.plain_conv.conv.num_experts == 6,
+    ),
+    "parameter_of_a_whole": Seen(
+        Wide(("squared",)), {"target_parameters": ["bilinear.weight"], "target_modules": []},
+        lambda m: m.squared.bilinear.num_experts == 6,
     ),
     "saved_inside_saved": Seen(
         Wide(("gpt", "classifier")),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import operator
 import os
 import sys
@@ -269,6 +270,9 @@ def _patch(
     patches.enter_context(
         mock.patch.object(torch.SymBool, "__bool__", _decider(recorder, torch.SymBool.__bool__))
     )
+    # What it logs, a page for every call a kernel refuses, is in the error or was tried another way.
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    patches.enter_context(mock.patch.object(log, "disabled", True))
     masking = sys.modules.get("transformers.masking_utils")
     if masking is not None and hasattr(masking, "is_tracing"):
         # transformers skips its mask shortcuts when it sees a fake tensor. Of positions it made

@@ -218,10 +218,12 @@ def _spans(run: list[Node]) -> list[tuple[str, list[Node]]]:
     """Cuts a run of operations by the helper function they come from.
 
     Only the innermost function of a node is known. A helper that calls another one encloses it:
-    its first and last operation lie around the other's, so overlapping spans are one helper.
+    its first and last operation lie around the other's, so overlapping spans are one helper, with
+    the name that spans most of it: the other may have been called before the first of them.
     """
     names = [_function(n) for n in run]
     last = {name: i for i, name in enumerate(names)}
+    first = {name: len(names) - 1 - i for i, name in enumerate(reversed(names))}
     parts: list[tuple[str, list[Node]]] = []
     i = 0
     while i < len(run):
@@ -235,6 +237,8 @@ def _spans(run: list[Node]) -> list[tuple[str, list[Node]]]:
                 if names[at]:
                     end = max(end, last[names[at]])
                 at += 1
+            inside = dict.fromkeys(n for n in names[i : end + 1] if n)
+            name = max(inside, key=lambda n: last[n] - first[n])
         parts.append((name, run[i : end + 1]))
         i = end + 1
     return parts
