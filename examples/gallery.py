@@ -176,6 +176,8 @@ GALLERY = [
           known("bert"), lora("query", "value")),
     Entry("vit", "ViT", "A head trained as a whole beside the adapters.", known("vit"),
           lora("q_proj", "v_proj")),
+    Entry("swin", "Swin", "Stages of growing width: those that are as the first but for sizes are on a "
+          "card.", known("swin"), lora("q_proj", "v_proj")),
     Entry("t5", "T5", "Encoder and decoder.", known("t5"), lora("q", "v")),
     Entry("whisper", "Whisper", "Convolutions, encoder, decoder.", known("whisper"),
           lora("q_proj", "v_proj")),

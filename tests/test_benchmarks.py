@@ -64,6 +64,20 @@ def test_recovered_is_the_share_of_the_tax_above_the_floor() -> None:
     assert timing.recovered(samples(1), samples(1), samples(0.99)) is None
 
 
+def test_what_can_be_recovered_is_above_the_floor_and_what_adapters_cost_in_any_case() -> None:
+    found = {"ours": samples(3), "peer": samples(5), "base": samples(1), "least": samples(2)}
+    case = record.timed("step", "a step", found, [("ours", "peer")], floors=("base", "least"))
+    (ratio,) = case.ratios
+    assert (ratio["recovered"], ratio["avoidable"]) == (0.5, 1.0)
+
+
+def test_every_round_begins_with_the_next_contender() -> None:
+    order: list[str] = []
+    named = {n: Contender(lambda _, n=n: order.append(n), setup=lambda: None) for n in "abc"}
+    timing.interleave(named, seconds=0.0, rounds=(2, 2))
+    assert "".join(order) == "abc" + "abccba" + "bcaacb"
+
+
 def test_contenders_are_run_there_and_back_and_setups_are_outside_the_clock() -> None:
     order: list[str] = []
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import fxlora_viz
 import pytest
+import sympy
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -17,6 +18,7 @@ import fxlora
 from fxlora.cli import main
 from fxlora.errors import ConfigError, ModelSpecError, UnsupportedError
 from fxlora.models import with_inputs
+from fxlora.trace.sizes import text
 
 IDS = torch.arange(14).view(2, 7)
 
@@ -243,6 +245,29 @@ def test_a_model_of_text_and_sound_gets_both() -> None:
     with torch.device("meta"):
         model = transformers.ClapModel(transformers.ClapConfig()).eval()
     assert fxlora.plan(fxlora.trace(model), LoraConfig(target_modules=["query"])).adapted
+
+
+def test_operations_of_a_helper_have_its_name_and_not_that_of_one_it_calls() -> None:
+    with torch.device("meta"):
+        settings = transformers.DebertaV2Config(
+            num_hidden_layers=2, relative_attention=True, pos_att_type=["c2p", "p2c"]
+        )
+        model = transformers.DebertaV2ForQuestionAnswering(settings).eval()
+    nodes = fxlora_viz.draw(fxlora.trace(model)).graph.nodes(data=True)
+    titles = {d["title"] for _, d in nodes}
+    assert "disentangled_attention_bias" in titles
+    assert "scaled_size_sqrt" not in titles
+
+
+def test_the_text_of_a_size_does_not_follow_from_what_was_computed_before() -> None:
+    from torch.utils._sympy.functions import FloorDiv
+
+    s = sympy.Symbol("s1", integer=True, positive=True)
+    parts = [FloorDiv(s, 256), FloorDiv(s, FloorDiv(s, 256))]
+    assert {text(sympy.Mul(*order)) for order in (parts, parts[::-1])} == {
+        "(s1 // 256)*(s1 // (s1 // 256))"
+    }
+    assert text(3 + s * 2 + FloorDiv(s, 4)) == "s1*2 + s1 // 4 + 3"
 
 
 # ---- the command line ----------------------------------------------------------------------------

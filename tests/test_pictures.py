@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
+import re
 import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -16,10 +17,12 @@ import pytest
 import torch
 import zoo
 from fxlora_viz import metrics, theme
+from fxlora_viz.names import quantity
 from peft import LoraConfig
 from torch import nn
 
 import fxlora
+from fxlora import models
 
 ROOT = Path(__file__).parent.parent
 SVG = "{http://www.w3.org/2000/svg}"
@@ -189,6 +192,43 @@ def test_a_block_that_another_one_shows_but_for_a_part_is_a_card_that_says_so() 
     }
     assert drawing.graph.number_of_nodes() < 130 < full.graph.number_of_nodes()
     assert not [n for n, d in full.graph.nodes(data=True) if d["kind"] == "again"]
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("swin", ("1 as layers.0", "at other sizes", "1 as layers.0", "at other sizes, 6 blocks")),
+        (
+            "segformer",
+            ("2 as stages.0", "at other sizes", "1 as stages.0", "without sequence_reduction",
+             "at other sizes"),
+        ),
+    ],
+)  # fmt: skip
+def test_stages_at_other_widths_are_a_card_that_counts_what_it_holds(
+    model: str, said: tuple[str, ...]
+) -> None:
+    traced = fxlora.trace(models.build(model))
+    lora = fxlora.rewrite(traced, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    graph = fxlora_viz.draw(traced, lora).graph
+    before, after = (d for _, d in graph.nodes(data=True) if d["kind"] == "again" and
+                     d["title"].startswith(("layers", "stages")))  # fmt: skip
+    assert after["lines"][:-1] == before["lines"][:-1] == said
+    first, last = (int(n) for n in re.findall(r"\d+", after["title"]))
+    stage = after["title"].partition(".")[0]
+    held = [
+        p for n, p in lora.named_parameters()
+        if any(f"{stage}.{i}." in n for i in range(first, last + 1))
+    ]  # fmt: skip
+    every, trains = (
+        sum(p.numel() for p in some) for some in (held, [p for p in held if p.requires_grad])
+    )
+    assert after["lines"][-1] == f"{quantity(every)} params, {quantity(trains)} train"
+    assert (
+        graph.number_of_nodes()
+        <= 120
+        < fxlora_viz.draw(traced, lora, detail="full").graph.number_of_nodes()
+    )
 
 
 class Tower(nn.Module):

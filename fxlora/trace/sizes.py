@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 import re
@@ -106,8 +107,8 @@ def lower(expr: Any, symbol: Callable[[str], Any], apply: Apply) -> Any:
         return float(expr)
     if expr.is_Add or expr.is_Mul:
         combine: Callable[..., Any] = operator.add if expr.is_Add else operator.mul
-        # sympy's own order of terms is by hash of names; sort for the same text every time.
-        terms = sorted(expr.args, key=lambda e: (e.is_number, sympy.default_sort_key(e)))
+        # sympy's own order, and its default_sort_key, follow from what else was computed before.
+        terms = sorted(expr.args, key=_rank)
         out = go(terms[0])
         for term in terms[1:]:
             out = apply(combine, (out, go(term)))
@@ -125,6 +126,11 @@ def lower(expr: Any, symbol: Callable[[str], Any], apply: Apply) -> Any:
     return apply(function, tuple(go(a) for a in expr.args))
 
 
+def _rank(term: Any) -> tuple[bool, int, str]:
+    said = text(term)
+    return term.is_number, len(said), said
+
+
 _INFIX = {
     operator.add: "+",
     operator.mul: "*",
@@ -140,6 +146,7 @@ _INFIX = {
 }
 
 
+@functools.lru_cache(maxsize=4096)
 def text(expr: Any) -> str:
     """Returns an expression as Python text.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from fxlora_viz.names import quantity
 from fxlora_viz.picture import Arrow, Box, Item, Panel
 
 _NAMED = 12  # runs the tooltip names
@@ -86,14 +87,19 @@ def moved(arrows: list[Arrow], into: dict[str, str]) -> list[Arrow]:
 
 
 def _card(key: str, boxes: list[Box], panel: Panel, first: Item) -> Item:
-    counts: dict[tuple[str, str], int] = {}
+    counts: dict[tuple[str, str, str], int] = {}
     for box in boxes:
-        shown = (box.same_as, box.lacks)
+        shown = (box.same_as, box.lacks, box.differs)
         counts[shown] = counts.get(shown, 0) + box.count
     lines: list[str] = []
-    for (same, lacks), n in counts.items():
+    for (same, lacks, differs), n in counts.items():
         lines.append(f"{n} as {panel.boxes[same].label}")
         lines += [f"without {lacks}"] if lacks else []
+        lines += [differs] if differs else []
+    held, trains = _held(panel, boxes)
+    if any(box.differs for box in boxes):
+        more = f", {quantity(trains)} train" if trains else ""
+        lines.append(f"{quantity(held)} params{more}")
     said = [f"{b.label} as {panel.boxes[b.same_as].label}" for b in boxes]
     more = f"; … {len(said) - _NAMED} more" if len(said) > _NAMED else ""
     name, last = boxes[0].label.partition(" … ")[0], boxes[-1].label
@@ -104,8 +110,30 @@ def _card(key: str, boxes: list[Box], panel: Panel, first: Item) -> Item:
         key, "again", title, tuple(lines), first.frames[: _depth(first, path)], path,
         boxes[0].note.removesuffix(", identical"), shape=first.shape, dtype=first.dtype,
         grad=any(i.grad for i in panel.items.values()) or None,
-        note="; ".join(said[:_NAMED]) + more,
+        note="; ".join(said[:_NAMED]) + more, count=sum(box.count for box in boxes), held=(held, trains),
     )  # fmt: skip
+
+
+def _held(panel: Panel, boxes: list[Box]) -> tuple[int, int]:
+    """Returns how many parameters some blocks have, and how many of them train."""
+    within = {box.key for box in boxes}
+    weights: dict[str, tuple[int, bool]] = {}
+    held, trained = 0, 0
+    for key, item in panel.items.items():
+        times, inside, at = 1, False, panel.home.get(key, "")
+        while at:
+            box = panel.boxes[at]
+            # One module that is called several times has its parameters once; it has one name.
+            times *= box.count if " … " in box.label else 1
+            inside = inside or at in within
+            at = panel.boxes[at].parent
+        if inside:
+            weights |= {w.name: (w.count * times, w.trainable) for w in item.weights}
+            held, trained = held + item.held[0] * times, trained + item.held[1] * times
+    return (
+        held + sum(n for n, _ in weights.values()),
+        trained + sum(n for n, trains in weights.values() if trains),
+    )
 
 
 def _depth(item: Item, path: str) -> int:

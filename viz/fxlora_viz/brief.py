@@ -13,12 +13,13 @@ from dataclasses import replace
 from typing import Any
 
 from fxlora_viz.again import again, moved
-from fxlora_viz.looks import look
+from fxlora_viz.looks import likeness, look
 from fxlora_viz.names import clean, quantity
 from fxlora_viz.picture import Box, Item, Panel, inside
 
 SHEET = 120  # nodes that still make one readable sheet
 _LACKS = 2  # parts a block may lack and still be shown by another one
+_STAGE = 6  # a stage of fewer parts is drawn: a card would say as much
 
 
 def brief(panels: list[Panel], sheet: int = SHEET) -> list[Panel]:
@@ -28,7 +29,11 @@ def brief(panels: list[Panel], sheet: int = SHEET) -> list[Panel]:
         panels: folded; not changed.
         sheet: how many nodes are not too many.
     """
-    steps: tuple[Callable[[list[Panel]], list[Panel]], ...] = (_near_equal, _untouched)
+    steps: tuple[Callable[[list[Panel]], list[Panel]], ...] = (
+        _near_equal,
+        _untouched,
+        _other_sizes,
+    )
     for step in steps:
         if sum(len(p.items) for p in panels) <= sheet:
             break
@@ -41,7 +46,17 @@ def brief(panels: list[Panel], sheet: int = SHEET) -> list[Panel]:
 
 def _near_equal(panels: list[Panel]) -> list[Panel]:
     """Makes a card of a block whose parts are all in an earlier one, which has one or two more."""
-    found: dict[str, tuple[str, str]] = {}
+    return _cards(panels, look, lambda *_: "")
+
+
+def _cards(
+    panels: list[Panel],
+    looks: Callable[[Item, str], tuple[Any, ...]],
+    differs: Callable[[Box, Box], str],
+    least: int = 0,
+) -> list[Panel]:
+    """Makes a card of a block, of so many parts, that all look like parts of an earlier block."""
+    found: dict[str, dict[str, Any]] = {}
     for key, box in panels[0].boxes.items():
         if box.kind not in ("fold", "block") or not all(key in p.boxes for p in panels):
             continue
@@ -50,15 +65,21 @@ def _near_equal(panels: list[Panel]) -> list[Panel]:
                 break
             if other.key in found or not _are_siblings(box, other):
                 continue
-            lacks = [_lacks(p, key, other.key) for p in panels]
+            if len(_looks(panels[0], key, looks)) < least:
+                break
+            lacks = [_lacks(p, key, other.key, looks) for p in panels]
             if None not in lacks:
                 names = dict.fromkeys(n for of in lacks if of for n in of)
-                found[key] = (other.key, ", ".join(names))
+                found[key] = {
+                    "same_as": other.key,
+                    "lacks": ", ".join(names),
+                    "differs": differs(box, other),
+                }
                 break
-    marked = [
-        replace(p, boxes={k: _shown_by(b, found) for k, b in p.boxes.items()}) for p in panels
+    return [
+        again(replace(p, boxes={k: replace(b, **found.get(k, {})) for k, b in p.boxes.items()}))
+        for p in panels
     ]
-    return [again(p) for p in marked]
 
 
 def _are_siblings(box: Box, other: Box) -> bool:
@@ -67,14 +88,11 @@ def _are_siblings(box: Box, other: Box) -> bool:
     return other.kind in kinds and other.parent == box.parent and same_class
 
 
-def _shown_by(box: Box, found: dict[str, tuple[str, str]]) -> Box:
-    same_as, lacks = found.get(box.key, (box.same_as, box.lacks))
-    return replace(box, same_as=same_as, lacks=lacks)
-
-
-def _lacks(panel: Panel, key: str, other: str) -> list[str] | None:
+def _lacks(
+    panel: Panel, key: str, other: str, looks: Callable[[Item, str], tuple[Any, ...]]
+) -> list[str] | None:
     """Returns the titles of what a block lacks; None when the other one does not show it."""
-    mine, theirs = _looks(panel, key), _looks(panel, other)
+    mine, theirs = _looks(panel, key, looks), _looks(panel, other, looks)
     if Counter(look for _, look in mine) - Counter(look for _, look in theirs):
         return None
     left = Counter(look for _, look in theirs) - Counter(look for _, look in mine)
@@ -87,11 +105,39 @@ def _lacks(panel: Panel, key: str, other: str) -> list[str] | None:
     return [i.title for i in lacking] if plain and len(lacking) <= _LACKS else None
 
 
-def _looks(panel: Panel, key: str) -> list[tuple[Item, tuple[Any, ...]]]:
+def _looks(
+    panel: Panel, key: str, looks: Callable[[Item, str], tuple[Any, ...]]
+) -> list[tuple[Item, tuple[Any, ...]]]:
     items = [panel.items[k] for k in panel.items if k in inside(panel, key)]
     path = key.partition(":")[2].partition("#")[0]
     # Which flags of the gradient differ along a stack is said on the nodes, and makes no layer.
-    return [(i, look(i, path)) for i in items if i.kind != "entry"]
+    return [(i, found) for i in items if i.kind != "entry" and (found := looks(i, path))]
+
+
+# ---- stages --------------------------------------------------------------------------------------
+
+
+def _other_sizes(panels: list[Panel]) -> list[Panel]:
+    """Makes a card of a stage that is an earlier one at other widths, or with more blocks."""
+
+    def differs(box: Box, other: Box) -> str:
+        mine, theirs = (_blocks(panels[0], b.key) for b in (box, other))
+        counts = [f"{n} {name}" for name, n in mine.items() if n != theirs.get(name)]
+        return ", ".join(["at other sizes", *counts])
+
+    return _cards(panels, likeness, differs, _STAGE)
+
+
+def _blocks(panel: Panel, key: str) -> Counter[str]:
+    """Returns how many blocks of each list a stage has, drawn or on a card."""
+    found: Counter[str] = Counter()
+    for box in panel.boxes.values():
+        if box.parent == key and box.kind in ("fold", "block"):
+            found[box.label.partition(".")[0]] += box.count
+    for item_key, item in panel.items.items():
+        if item.kind == "again" and panel.home.get(item_key) == key:
+            found[item.title.partition(".")[0]] += item.count
+    return found
 
 
 # ---- modules that nothing adapts -----------------------------------------------------------------

@@ -11,6 +11,29 @@ def _below(key: str, path: str) -> bool:
     return key == path or key.startswith((path + ".", path + "#"))
 
 
+def likeness(item: Item, block: str) -> tuple[Any, ...]:
+    """Returns what a picture shows of an item but for sizes, with its names relative to a block.
+
+    Of a card it is nothing: the blocks it stands for are shown beside it.
+
+    Args:
+        item: read.
+        block: path of the block.
+    """
+
+    def inner(path: str) -> str:
+        return path[len(block) :] if _below(path, block) else path
+
+    if item.kind == "again":
+        return ()
+    title = item.title if item.kind != "module" else ""
+    return (
+        item.kind, inner(item.path), title, item.type, str(item.dtype), item.role, inner(item.site),
+        item.adapter, inner(item.whole), tuple((inner(w.name), w.trainable) for w in item.weights),
+        item.verdict,
+    )  # fmt: skip
+
+
 def look(item: Item, block: str) -> tuple[Any, ...]:
     """Returns everything a picture shows of an item, with its names relative to a block.
 

@@ -59,8 +59,8 @@ def is_plumbing_module(type_name: str) -> bool:
 
 
 def is_passing_module(type_name: str) -> bool:
-    """Whether a called module is the identity in eval mode or only reshapes."""
-    return type_name in _PASSING_MODULES
+    """Whether a called module is the identity in eval mode (dropout, also of paths) or reshapes."""
+    return type_name in _PASSING_MODULES or type_name.endswith(("DropPath", "StochasticDepth"))
 
 
 def is_passing(node: Node) -> bool:

@@ -49,6 +49,8 @@ class Item:
         reason: the verdict's reason.
         unit: the call of the site, where the key does not begin with it.
         beside: key of an item to share a row with.
+        count: how many blocks a card stands for.
+        held: how many parameters those have, and how many of them train.
     """
 
     key: str
@@ -76,6 +78,8 @@ class Item:
     reason: str = ""
     unit: str = ""
     beside: str = ""
+    count: int = 0
+    held: tuple[int, int] = (0, 0)
 
     @property
     def params(self) -> int:
@@ -120,6 +124,7 @@ class Box:
         verdict: of the adapter in a site; "" for the rest.
         same_as: key of an earlier block that shows the same; "" for none.
         lacks: names of what that one shows besides; "" for nothing.
+        differs: how it differs from that one in numbers, such as "at other sizes"; "" for not at all.
     """
 
     key: str
@@ -131,6 +136,7 @@ class Box:
     verdict: str = ""
     same_as: str = ""
     lacks: str = ""
+    differs: str = ""
 
 
 @dataclass
