@@ -264,3 +264,18 @@ def test_the_report_prints_what_was_left_and_why() -> None:
     text = str(report(fxlora.optimize(rewritten(seed(), lora_dropout=0.1))))
     assert text.splitlines()[0] == "mode='exact'"
     assert "casts left 0 and 1 more: what reads the cast is no plain product" in text
+
+
+def test_many_adapters_at_once_go_through_the_plain_graph() -> None:
+    """docs/speed.md says so; an optimized graph refuses, it does not compute another number."""
+    x = torch.randn(600, 64).bfloat16()
+    lora = rewritten(nn.Sequential(nn.Linear(64, 64)).bfloat16(), target_modules=["0"])
+    some = {n: torch.randn(3, *p.shape) for n, p in lora.named_parameters() if p.requires_grad}
+
+    def run(graph: GraphModule, adapters: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.func.functional_call(graph, adapters, (x,))
+
+    together = torch.func.vmap(lambda a: run(lora, a))(some)
+    assert torch.equal(together[1], run(lora, {n: v[1] for n, v in some.items()}))
+    with pytest.raises(RuntimeError, match="vmap"):
+        torch.func.vmap(lambda a: run(fxlora.optimize(lora), a))(some)
