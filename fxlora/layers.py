@@ -170,6 +170,24 @@ def _block(shapes: dict[str, tuple[int, ...]], which: str, bd: Any) -> None:
 # ---- refusals ----------------------------------------------------------------------------------
 
 
+class GroupsError(ConfigError):
+    """Grouped convolutions whose groups do not divide the rank.
+
+    Attributes:
+        layers: name -> (rank, groups).
+    """
+
+    def __init__(self, layers: dict[str, tuple[int, int]]) -> None:
+        self.layers = layers
+        first, (r, groups) = next(iter(layers.items()))
+        more = f", and {len(layers) - 1} more have as unfit ones" if len(layers) > 1 else ""
+        ranks = {name: g for name, (_, g) in layers.items()}
+        super().__init__(
+            f"{first!r} has groups={groups}, which does not divide r={r}{more}; give "
+            f"{'each' if more else 'it'} another rank with rank_pattern={ranks}"
+        )
+
+
 def check(site: Site, module: Any, config: Any, r: int) -> None:
     """Raises ConfigError where the layer does not take what the configuration says."""
     kind, name = site.kind, site.name
@@ -197,10 +215,7 @@ def check(site: Site, module: Any, config: Any, r: int) -> None:
             f"exclude_modules=[{name!r}]"
         )
     if is_conv(kind) and r % module.groups:
-        raise ConfigError(
-            f"{name!r} has groups={module.groups}, which does not divide r={r}; give it another rank "
-            f"with rank_pattern={{{name!r}: {module.groups}}}"
-        )
+        raise GroupsError({name: (r, module.groups)})
     if kind == "MultiheadAttention":
         _check_attention(name, module)
 

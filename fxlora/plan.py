@@ -305,7 +305,7 @@ def plan(
     def parts() -> list[Site]:
         return [] if "slices" in further else [s for s in with_slices(found, base) if s.rows]
 
-    planned = [_planned(s, settings, linear, base) for s in found]
+    planned = _each(found, settings, linear, base)
     layers.check_parameters(
         [p.name for p in planned if p.adapted and p.kind == "Parameter"],
         settings,
@@ -468,6 +468,20 @@ def _planned(site: Site, config: Any, linear: AllLinear | None, base: GraphModul
     layers.check_quantized(site, module, config)
     made = _adapted(site, found.rule, reason, config, module)
     return replace(made, casts_branch=layers.casts_branch(module, info(base).model))
+
+
+def _each(found: list[Site], config: Any, linear: Any, base: GraphModule) -> list[PlannedSite]:
+    """Returns the verdict on every site; of grouped convolutions all that refuse are named at once."""
+    planned: list[PlannedSite] = []
+    unfit: dict[str, tuple[int, int]] = {}
+    for site in found:
+        try:
+            planned.append(_planned(site, config, linear, base))
+        except layers.GroupsError as e:
+            unfit |= e.layers
+    if unfit:
+        raise layers.GroupsError(unfit)
+    return planned
 
 
 def _match(config: Any, site: Site) -> matching.Match:

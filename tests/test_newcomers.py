@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 from pathlib import Path
 from typing import Any
@@ -223,6 +224,15 @@ def test_layers_that_are_not_there_are_answered_with_those_that_are() -> None:
     with pytest.raises(ConfigError, match=r"layers 0-1\.") as e:
         fxlora.plan(fxlora.trace(olmo2()), config)
     assert "Did you mean" not in str(e.value)
+
+
+def test_grouped_convolutions_that_refuse_a_rank_are_named_all_at_once() -> None:
+    traced = fxlora.trace(segformer())
+    settings = {"r": 6, "target_modules": r".*\.dwconv\.dwconv"}
+    with pytest.raises(ConfigError, match=r"does not divide r=6, and 1 more") as e:
+        fxlora.plan(traced, LoraConfig(**settings))
+    ranks = ast.literal_eval(str(e.value).partition("rank_pattern=")[2])
+    assert len(fxlora.plan(traced, LoraConfig(**settings, rank_pattern=ranks)).adapted) == 2
 
 
 def test_rows_of_stages_leave_open_what_varies_in_them_only() -> None:
