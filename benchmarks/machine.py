@@ -28,7 +28,9 @@ def machine() -> dict[str, str]:
         "memory": _memory(),
         "instructions": _instructions(),
         "threads": str(torch.get_num_threads()),
-        "freed memory": "kept" if "MALLOC_TRIM_THRESHOLD_" in os.environ else "given back",
+        "freed memory": "asked to be kept"
+        if "MALLOC_TRIM_THRESHOLD_" in os.environ
+        else "given back",
     }
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()

@@ -184,7 +184,8 @@ class Factors:
 def factors(adapted: nn.Module, tokens: int, regime: str) -> list[Factors]:
     """Returns the factors of every adapted layer, for the floor of what their products take.
 
-    Six thin products a layer and a step are in every way of computing LoRA that keeps peft's bits.
+    Six thin products a layer and a step are in every way of computing LoRA that keeps peft's bits;
+    five where nothing before the layer wants a gradient, which is counted as six all the same.
     """
     dtype = torch.bfloat16 if regime in ("bf16", "autocast") else torch.float32
     trained = {n: p.detach() for n, p in adapted.named_parameters() if p.requires_grad}

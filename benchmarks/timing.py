@@ -59,8 +59,7 @@ def interleave(
 ) -> dict[str, Samples]:
     """Times all contenders, A B C C B A in every round, so that a drift of the machine hits all.
 
-    The next round begins with B, so that nobody always runs behind the same one: what a contender
-    leaves in the caches and in the heap is a gift or a burden to the next.
+    The next round begins with B, so that nobody is always the first or the last.
 
     Args:
         contenders: by name.
@@ -179,11 +178,12 @@ def recovered(ours: Samples, peer: Samples, floor: Samples) -> float | None:
 
 
 def together(one: Samples, other: Samples) -> Samples:
-    """Returns the sum of two contenders, round by round."""
+    """Returns the sum of two contenders, round by round; none where one of them stopped."""
+    if len(one.cpu) != len(other.cpu):
+        return Samples(failed=one.failed or other.failed or "not of one pass")
     return Samples(
-        [a + b for a, b in zip(one.cpu, other.cpu, strict=False)],
-        [a + b for a, b in zip(one.wall, other.wall, strict=False)],
-        one.failed or other.failed,
+        [a + b for a, b in zip(one.cpu, other.cpu, strict=True)],
+        [a + b for a, b in zip(one.wall, other.wall, strict=True)],
     )
 
 

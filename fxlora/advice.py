@@ -194,7 +194,7 @@ def no_match(
         why += f"; those it names are in layers {ranges(sorted(numbers))}." if numbers else "."
         near = ""
     elif not isinstance(shown, str) and shown:
-        near = first_name_hint(shown[0], planned) or near
+        near = next((h for t in shown if (h := first_name_hint(t, planned))), near)
     return (
         f"target_modules={shown!r} selected none of the {len(names)} linear sites {listed}."
         f"{why}{near}"

@@ -92,9 +92,8 @@ def key_of(name: str, plan: Plan) -> str:
 
 def _base_entries(lora: GraphModule, plan: Plan) -> Iterator[Entry]:
     wrapped = _wrapped_names(info(lora).adapters.values())
-    for name, _ in lora.named_parameters(
-        remove_duplicate=False
-    ):  # a tied bias by each of its names
+    # A tied bias by each of its names.
+    for name, _ in lora.named_parameters(remove_duplicate=False):
         if _bias_saved(name, plan):
             yield Entry(PREFIX + peft_name(name, wrapped), name, "bias", name.rpartition(".")[0])
     for site in _saved_embeddings(lora, plan):

@@ -180,7 +180,7 @@ class GroupsError(ConfigError):
     def __init__(self, layers: dict[str, tuple[int, int]]) -> None:
         self.layers = layers
         first, (r, groups) = next(iter(layers.items()))
-        more = f", and {len(layers) - 1} more have as unfit ones" if len(layers) > 1 else ""
+        more = f", and {len(layers) - 1} more refuse it too" if len(layers) > 1 else ""
         ranks = {name: g for name, (_, g) in layers.items()}
         super().__init__(
             f"{first!r} has groups={groups}, which does not divide r={r}{more}; give "

@@ -135,11 +135,13 @@ def _set_apart(root: nn.Module, graph: Graph, planned: PlannedSite) -> None:
 
 def _read_apart(root: nn.Module, graph: Graph, planned: PlannedSite) -> None:
     """Lets what reads a parameter outside its module's calls, where no adapter is, keep the base."""
+    if not any(planned.reaches(c) for c in planned.site.calls):
+        return  # nothing is merged
     name = planned.site.weight_name
     owner, _, last = name.rpartition(".")
     for node in [n for n in graph.nodes if n.op == "get_attr" and n.target == name]:
         outside = [u for u in node.users if not inside(u, planned.scope)]
-        if not outside or len(outside) == len(node.users):
+        if not outside:
             continue
         module = root.get_submodule(owner)
         if f"bypassed_{last}" not in module._parameters:
@@ -149,6 +151,8 @@ def _read_apart(root: nn.Module, graph: Graph, planned: PlannedSite) -> None:
         kept.meta = dict(node.meta)
         for user in outside:
             user.replace_input_with(node, kept)
+        if not node.users:
+            graph.erase_node(node)
 
 
 def _merge_site(

@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -139,10 +140,12 @@ def _from_config(config: Any, architectures: Any, architecture: str | None) -> n
 def _check_architecture(config: Any, name: str) -> None:
     """Refuses a class that transformers does not have, or that takes another config."""
     transformers = _transformers()
-    of_type = _classes_of(config)
     cls = getattr(transformers, name, None)
-    if isinstance(cls, type) and issubclass(cls, nn.Module) and cls.__name__ in of_type:
+    takes = getattr(cls, "config_class", None)
+    is_model = isinstance(cls, type) and issubclass(cls, nn.Module)
+    if is_model and takes is not None and isinstance(config, takes):
         return
+    of_type = _classes_of(config)
     raise ModelSpecError(
         f"{name!r} is no class of a {config.model_type} model.{did_you_mean(name, of_type)} "
         f"There are {of_type}"
@@ -206,13 +209,13 @@ def _from_callable(spec: str) -> tuple[nn.Module, Inputs | None]:
             "with one: (model, args, kwargs)"
         )
     model, *given = made
-    kinds = [type(v) for v in given]
-    if kinds not in ([], [tuple], [dict], [tuple, dict]):
-        shown = ", ".join(k.__name__ for k in kinds)
+    kinds = [next((k for k in (tuple, Mapping) if isinstance(v, k)), None) for v in given]
+    if kinds not in ([], [tuple], [Mapping], [tuple, Mapping]):
+        shown = ", ".join(type(v).__name__ for v in given)
         raise ModelSpecError(
             f"{spec!r} gave a model and ({shown}); example inputs are a tuple of arguments, a "
             "dictionary of keywords, or one behind the other: (model, args, kwargs)"
         )
     args = next((v for v in given if isinstance(v, tuple)), ())
-    kwargs = next((v for v in given if isinstance(v, dict)), {})
+    kwargs = dict(next((v for v in given if isinstance(v, Mapping)), {}))
     return model, (args, kwargs) if given else None

@@ -30,7 +30,7 @@ from fxlora.sites import Call, Site, kind_of, sites
 from fxlora.targets import AllLinear, model_type, resolve_targets
 from fxlora.text import table
 from fxlora.trace.bulk import uncollected
-from fxlora.trace.shell import is_leaf, tree
+from fxlora.trace.shell import tree
 from fxlora.trace.tracer import outline
 
 ADAPTER = "default"
@@ -376,7 +376,11 @@ def _all_sites(traced: GraphModule, config: Any) -> list[Site]:
     owners = {s.name: s for s in found if s.kind != "Parameter"}
     own = dict(_own_parameters(traced))
     for name, p in own.items():
-        if name in known or matching.parameter_match(config.target_parameters, name) is None:
+        if matching.parameter_match(config.target_parameters, name) is None:
+            continue
+        if name.rpartition(".")[0] not in owners:
+            _check_whole(name, traced)
+        if name in known:
             continue
         if p.dim() not in (2, 3):
             raise ConfigError(
@@ -385,8 +389,6 @@ def _all_sites(traced: GraphModule, config: Any) -> list[Site]:
             )
         owner = owners.get(name.rpartition(".")[0])
         _check_owner(name, owner, config)
-        if owner is None:
-            _check_whole(name, traced)
         shape = tuple(p.shape)
         calls = owner.calls if owner is not None else ()
         found.append(Site(name, "Parameter", "Parameter", shape[1], shape[0], shape, False, calls))
@@ -420,11 +422,13 @@ def _check_owner(name: str, owner: Site | None, config: Any) -> None:
 
 
 def _check_whole(name: str, traced: GraphModule) -> None:
-    """Refuses a parameter of a module that stays one call of the graph: nothing reads it there."""
+    """Refuses a parameter of a module that is one call of the graph: nothing reads it there."""
+    called = {str(n.target) for n in traced.graph.nodes if n.op == "call_module"}
+    whole = {id(traced.get_submodule(path)) for path in called}
     above = name
     while above := above.rpartition(".")[0]:
         module = traced.get_submodule(above)
-        if is_leaf(module):
+        if id(module) in whole:
             raise UnsupportedError(
                 f"target_parameters selects {name!r}, a parameter of {above!r}, a "
                 f"{type(module).__name__} that torch computes as a whole: an adapter can be added to "
@@ -470,7 +474,9 @@ def _planned(site: Site, config: Any, linear: AllLinear | None, base: GraphModul
     return replace(made, casts_branch=layers.casts_branch(module, info(base).model))
 
 
-def _each(found: list[Site], config: Any, linear: Any, base: GraphModule) -> list[PlannedSite]:
+def _each(
+    found: list[Site], config: Any, linear: AllLinear | None, base: GraphModule
+) -> list[PlannedSite]:
     """Returns the verdict on every site; of grouped convolutions all that refuse are named at once."""
     planned: list[PlannedSite] = []
     unfit: dict[str, tuple[int, int]] = {}

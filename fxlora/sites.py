@@ -185,8 +185,9 @@ def _module_site(
         for a in aliases
         for c in calls.get(a, ())
     ]
+    projections = tuple(f"{alias}.out_proj.".removeprefix(".") for alias in aliases)
     for parameter in parameters:
-        if kind == "MultiheadAttention" and f"{name}.out_proj." in parameter:
+        if kind == "MultiheadAttention" and parameter.startswith(projections):
             continue  # a layer of its own
         if parameter in calls and parameter.rpartition(".")[2] != "bias":
             own += [c for c in calls[parameter] if c not in own]

@@ -279,3 +279,21 @@ def test_many_adapters_at_once_go_through_the_plain_graph() -> None:
     assert torch.equal(together[1], run(lora, {n: v[1] for n, v in some.items()}))
     with pytest.raises(RuntimeError, match="vmap"):
         torch.func.vmap(lambda a: run(fxlora.optimize(lora), a))(some)
+
+
+def test_an_optimized_graph_is_exported_for_any_batch() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.q(x) + self.k(x)
+
+    x = torch.randn(600, 64).bfloat16()
+    config = LoraConfig(r=4, target_modules=["q", "k"])
+    fast = fxlora.optimize(fxlora.rewrite(fxlora.trace(Two().bfloat16(), (x,)), config))
+    batch = {"x": {0: torch.export.Dim("batch", min=2, max=4096)}}
+    exported = torch.export.export(fast, (x,), dynamic_shapes=batch).module()
+    for rows in (3, 600):
+        assert torch.equal(exported(x[:rows]), fast(x[:rows]))

@@ -231,6 +231,81 @@ def test_stages_at_other_widths_are_a_card_that_counts_what_it_holds(
     )
 
 
+class Cell(nn.Module):
+    """A residual block of one adapted map and others."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(width, width) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.c(torch.relu(self.b(torch.relu(self.a(x)))))
+
+
+class Stage(nn.Module):
+    """Blocks of one width, behind a map from another."""
+
+    def __init__(self, given: int, blocks: int, width: int) -> None:
+        super().__init__()
+        self.enter = nn.Linear(given, width)
+        self.blocks = nn.ModuleList([Cell(width) for _ in range(blocks)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.enter(x))
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Stages(nn.Module):
+    """Stages of so many blocks and such widths."""
+
+    def __init__(self, *shapes: tuple[int, int]) -> None:
+        super().__init__()
+        before = [8, *(width for _, width in shapes)]
+        self.stages = nn.ModuleList(
+            [Stage(g, n, w) for g, (n, w) in zip(before, shapes, strict=False)]
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for stage in self.stages:
+            x = stage(x)
+        return x
+
+
+def cards_of(*shapes: tuple[int, int], **settings: Any) -> dict[str, tuple[str, ...]]:
+    traced = fxlora.trace(Stages(*shapes), (torch.randn(2, 8),))
+    lora = fxlora.rewrite(traced, LoraConfig(**{"r": 4, "target_modules": ["a"], **settings}))
+    nodes = fxlora_viz.draw(traced, lora).graph.nodes(data=True)
+    return {d["title"]: d["lines"] for _, d in nodes if d["kind"] == "again"}
+
+
+WIDTHS = [(2, 16), (2, 32), (2, 64), (2, 48), (2, 24), (2, 40)]
+SECOND = [f"stages.1.blocks.{i}.a" for i in range(2)]
+
+
+def test_a_card_stands_for_equal_scalings_and_ranks_only() -> None:
+    assert cards_of(*WIDTHS)["stages.1 … 5"][:2] == ("5 as stages.0", "at other sizes")
+    for pattern in ("alpha_pattern", "rank_pattern"):
+        settings: Any = {pattern: dict.fromkeys(SECOND, 2), "lora_alpha": 4}
+        assert list(cards_of(*WIDTHS, **settings)) == ["stages.2 … 5"], pattern
+
+
+def test_a_card_says_how_many_blocks_when_only_their_number_differs() -> None:
+    cards = cards_of((2, 8), (6, 8), (2, 16), (2, 24), (2, 40), (2, 48), (2, 64))
+    assert cards["stages.1"][:2] == ("1 as stages.0", "6 blocks")
+    assert "at other sizes" not in cards["stages.1"]
+
+
+def test_what_a_card_refers_to_is_drawn() -> None:
+    cards = cards_of((2, 16), (2, 24), (6, 24), (2, 64), (2, 48), (2, 40))
+    named = {
+        line.partition(" as ")[2] for lines in cards.values() for line in lines if " as " in line
+    }
+    assert named
+    assert not named & set(cards)
+
+
 class Tower(nn.Module):
     """Layers of an adapted map and a part that nothing adapts."""
 

@@ -63,7 +63,11 @@ def add_product(
     to y, or to y cast to float32, which adding the two does as well. In bfloat16 the addmm rounds
     once where the two steps round twice.
     """
-    wide = h.dtype is _F32 and (y.dtype is _F32 or (y.dtype in _HALVES and y.numel() >= _MANY))
+    # A size that is asked for while torch compiles or exports becomes a condition of the program.
+    wide = h.dtype is _F32 and (
+        y.dtype is _F32
+        or (y.dtype in _HALVES and not torch.compiler.is_compiling() and y.numel() >= _MANY)
+    )
     if wide and h.ndim == 2:
         return _sum(y, h, weight, alpha)
     if wide and h.ndim == 3 and h.is_contiguous() and y.is_contiguous():
@@ -102,8 +106,9 @@ def cast_again(x: torch.Tensor, weight: torch.Tensor, cast: torch.Tensor) -> tor
         weight: what this one is multiplied by.
         cast: what x was cast to for the sibling.
     """
-    few = x.numel() < _MANY  # a function of Python's in autograd's graph takes longer than the cast
-    if few or cast is x or cast.dtype != weight.dtype or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or cast is x or cast.dtype != weight.dtype:
+        return cast_for_product(x, weight)
+    if x.numel() < _MANY:  # a function of Python's in autograd's graph takes longer than the cast
         return cast_for_product(x, weight)
     if not (torch.is_grad_enabled() and x.requires_grad):
         return cast

@@ -30,7 +30,8 @@ _Site = tuple[Any, Any, Any, Any, float, Any]  # weight, bias, A, B, scaling, it
 class _Plan(NamedTuple):
     """What a group does besides its tensors: a scaling and a dropout probability a site.
 
-    `thin`: the scaling is a power of two, so it may be applied where the tensors are thin.
+    `thin`: the scaling is a power of two, so it may be applied where the tensors are thin; not in
+    float16, whose products may leave the range that their scaled factors keep to.
     """
 
     scaling: float
@@ -146,12 +147,13 @@ class _SiteGrad:
             flat = mask.reshape(x.shape).to(a.dtype)
             self._noise = flat.div_(1 - one.p)
         self._out = self._grad.to(compute)
-        if not one.thin:
+        self._is_thin = one.thin and compute is not torch.float16
+        if not self._is_thin and one.scaling != 1:
             self._out = self._out * one.scaling
         self._inner = self._thin(self._out @ b.to(compute))
 
     def _thin(self, t: torch.Tensor) -> torch.Tensor:
-        return t.mul_(self._one.scaling) if self._one.thin and self._one.scaling != 1 else t
+        return t.mul_(self._one.scaling) if self._is_thin and self._one.scaling != 1 else t
 
     def adapters(self, needed: Sequence[bool]) -> tuple[Any, Any]:
         """Returns the gradients of A and B, where they are wanted."""

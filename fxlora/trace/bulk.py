@@ -14,6 +14,8 @@ from typing import Any
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
+_set = object.__setattr__  # a node looks at every name that is set, for `target` and the like
+
 
 @contextlib.contextmanager
 def uncollected() -> Iterator[None]:
@@ -92,6 +94,3 @@ class Writer:
         graph._len += 1
         _set(node, "meta", meta)
         return node
-
-
-_set = object.__setattr__  # a node looks at every name that is set, for `target` and the like

@@ -419,7 +419,7 @@ def _is_harmless(line: Source | None) -> bool:
     return line is not None and (os.path.basename(line.file), line.function) in _HARMLESS
 
 
-_CONTAINERS = frozenset((list, dict, OrderedDict, defaultdict, set, deque))
+_REFILLED = frozenset((list, dict, OrderedDict, defaultdict, set, deque))
 
 
 @contextlib.contextmanager
@@ -435,7 +435,7 @@ def _restored(model: nn.Module, notes: list[str]) -> Iterator[None]:
         value
         for _, _, attributes, _ in before
         for name, value in attributes.items()
-        if type(value) in _CONTAINERS and name not in kept
+        if type(value) in _REFILLED and name not in kept
     ]
     contents = {id(value): copy.copy(value) for value in held if value}
     try:

@@ -80,6 +80,9 @@ _BY_NAME: dict[str, Callable[..., Any]] = {
 }
 
 
+_UNORDERED = frozenset(("Max", "Min", "And", "Or"))
+
+
 def lower(expr: Any, symbol: Callable[[str], Any], apply: Apply) -> Any:
     """Rewrites a sympy expression in terms of `symbol` leaves and `apply`-ed Python functions.
 
@@ -123,7 +126,8 @@ def lower(expr: Any, symbol: Callable[[str], Any], apply: Apply) -> Any:
     function = _BY_NAME.get(type(expr).__name__)
     if function is None:
         raise NotImplementedError(f"no Python form for {type(expr).__name__} in {expr}")
-    return apply(function, tuple(go(a) for a in expr.args))
+    args = sorted(expr.args, key=_rank) if type(expr).__name__ in _UNORDERED else expr.args
+    return apply(function, tuple(go(a) for a in args))
 
 
 def _rank(term: Any) -> tuple[bool, int, str]:

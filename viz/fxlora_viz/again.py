@@ -111,6 +111,7 @@ def _card(key: str, boxes: list[Box], panel: Panel, first: Item) -> Item:
         boxes[0].note.removesuffix(", identical"), shape=first.shape, dtype=first.dtype,
         grad=any(i.grad for i in panel.items.values()) or None,
         note="; ".join(said[:_NAMED]) + more, count=sum(box.count for box in boxes), held=(held, trains),
+        shown=tuple(dict.fromkeys(box.same_as for box in boxes)),
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ turn, and only while the sheet is too full. `detail="full"` draws everything.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from fxlora_viz.looks import likeness, look
 from fxlora_viz.names import clean, quantity
 from fxlora_viz.picture import Box, Item, Panel, inside
 
+Look = Callable[[Item, str], tuple[Any, ...]]
 SHEET = 120  # nodes that still make one readable sheet
 _LACKS = 2  # parts a block may lack and still be shown by another one
 _STAGE = 6  # a stage of fewer parts is drawn: a card would say as much
@@ -46,27 +47,29 @@ def brief(panels: list[Panel], sheet: int = SHEET) -> list[Panel]:
 
 def _near_equal(panels: list[Panel]) -> list[Panel]:
     """Makes a card of a block whose parts are all in an earlier one, which has one or two more."""
-    return _cards(panels, look, lambda *_: "")
+    return _cards(panels, look, lambda box, other: _counts(panels[0], box, other))
 
 
 def _cards(
     panels: list[Panel],
-    looks: Callable[[Item, str], tuple[Any, ...]],
+    looks: Look,
     differs: Callable[[Box, Box], str],
     least: int = 0,
 ) -> list[Panel]:
     """Makes a card of a block, of so many parts, that all look like parts of an earlier block."""
     found: dict[str, dict[str, Any]] = {}
+    # What a card refers to must go on being drawn.
+    named = {k for p in panels for i in p.items.values() for k in i.shown}
     for key, box in panels[0].boxes.items():
         if box.kind not in ("fold", "block") or not all(key in p.boxes for p in panels):
+            continue
+        if key in named or len(_looks(panels[0], key, looks)) < least:
             continue
         for other in panels[0].boxes.values():
             if other.key == key:
                 break
             if other.key in found or not _are_siblings(box, other):
                 continue
-            if len(_looks(panels[0], key, looks)) < least:
-                break
             lacks = [_lacks(p, key, other.key, looks) for p in panels]
             if None not in lacks:
                 names = dict.fromkeys(n for of in lacks if of for n in of)
@@ -88,9 +91,7 @@ def _are_siblings(box: Box, other: Box) -> bool:
     return other.kind in kinds and other.parent == box.parent and same_class
 
 
-def _lacks(
-    panel: Panel, key: str, other: str, looks: Callable[[Item, str], tuple[Any, ...]]
-) -> list[str] | None:
+def _lacks(panel: Panel, key: str, other: str, looks: Look) -> list[str] | None:
     """Returns the titles of what a block lacks; None when the other one does not show it."""
     mine, theirs = _looks(panel, key, looks), _looks(panel, other, looks)
     if Counter(look for _, look in mine) - Counter(look for _, look in theirs):
@@ -105,13 +106,21 @@ def _lacks(
     return [i.title for i in lacking] if plain and len(lacking) <= _LACKS else None
 
 
-def _looks(
-    panel: Panel, key: str, looks: Callable[[Item, str], tuple[Any, ...]]
-) -> list[tuple[Item, tuple[Any, ...]]]:
-    items = [panel.items[k] for k in panel.items if k in inside(panel, key)]
+def _looks(panel: Panel, key: str, looks: Look) -> list[tuple[Item, tuple[Any, ...]]]:
+    within = inside(panel, key)
     path = key.partition(":")[2].partition("#")[0]
-    # Which flags of the gradient differ along a stack is said on the nodes, and makes no layer.
-    return [(i, found) for i in items if i.kind != "entry" and (found := looks(i, path))]
+    labels: dict[str, list[str]] = {}  # a scaling is written on an arrow
+    for a in panel.arrows:
+        if a.label and a.source in within and a.target in within:
+            labels.setdefault(a.target, []).append(a.label)
+    found = []
+    for k in panel.items:
+        item = panel.items[k]
+        # Which flags of the gradient differ along a stack is said on the nodes, and makes no layer.
+        seen = looks(item, path) if k in within and item.kind != "entry" else ()
+        if seen:
+            found.append((item, (*seen, *sorted(labels.get(k, ())))))
+    return found
 
 
 # ---- stages --------------------------------------------------------------------------------------
@@ -121,11 +130,22 @@ def _other_sizes(panels: list[Panel]) -> list[Panel]:
     """Makes a card of a stage that is an earlier one at other widths, or with more blocks."""
 
     def differs(box: Box, other: Box) -> str:
-        mine, theirs = (_blocks(panels[0], b.key) for b in (box, other))
-        counts = [f"{n} {name}" for name, n in mine.items() if n != theirs.get(name)]
-        return ", ".join(["at other sizes", *counts])
+        mine, theirs = (Counter(_sizes(panels[0], b.key)) for b in (box, other))
+        sizes = "at other sizes" if mine - theirs else ""
+        return ", ".join(filter(None, (sizes, _counts(panels[0], box, other))))
 
     return _cards(panels, likeness, differs, _STAGE)
+
+
+def _sizes(panel: Panel, key: str) -> Iterator[tuple[Any, ...]]:
+    for item, _ in _looks(panel, key, likeness):
+        yield tuple(w.shape for w in item.weights)
+
+
+def _counts(panel: Panel, box: Box, other: Box) -> str:
+    """Says how many blocks a stage has of each list of which the other has more or fewer."""
+    mine, theirs = _blocks(panel, box.key), _blocks(panel, other.key)
+    return ", ".join(f"{n} {name}" for name, n in mine.items() if n != theirs[name])
 
 
 def _blocks(panel: Panel, key: str) -> Counter[str]:

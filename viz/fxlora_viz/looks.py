@@ -30,8 +30,13 @@ def likeness(item: Item, block: str) -> tuple[Any, ...]:
     return (
         item.kind, inner(item.path), title, item.type, str(item.dtype), item.role, inner(item.site),
         item.adapter, inner(item.whole), tuple((inner(w.name), w.trainable) for w in item.weights),
-        item.verdict,
+        item.verdict, _rank(item),
     )  # fmt: skip
+
+
+def _rank(item: Item) -> int | None:
+    """Returns the rank where an item is the A of an adapter: its rows, whatever it adapts."""
+    return int(item.weights[0].shape[0]) if item.role == "lora_A" and item.weights else None
 
 
 def look(item: Item, block: str) -> tuple[Any, ...]:

@@ -51,6 +51,7 @@ class Item:
         beside: key of an item to share a row with.
         count: how many blocks a card stands for.
         held: how many parameters those have, and how many of them train.
+        shown: keys of the boxes a card says its blocks are as.
     """
 
     key: str
@@ -80,6 +81,7 @@ class Item:
     beside: str = ""
     count: int = 0
     held: tuple[int, int] = (0, 0)
+    shown: tuple[str, ...] = ()
 
     @property
     def params(self) -> int:

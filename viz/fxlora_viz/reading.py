@@ -31,9 +31,7 @@ class Reading:
         self._parameters = dict(graph_module.named_parameters(remove_duplicate=False))
         self._adapters = self._adapter_prefixes()
         self._of_adapters = {
-            id(p)
-            for name, p in self._parameters.items()
-            if self._adapters and name.startswith(self._adapters)
+            id(p) for name, p in self._parameters.items() if name.startswith(self._adapters)
         }
         self._owners = self._owner_paths()
         self.plumbing = self._plumbing()
@@ -107,8 +105,8 @@ class Reading:
     def _owner_paths(self) -> frozenset[str]:
         """Returns every path with a parameter owner strictly below it; adapters do not count."""
         found: set[str] = set()
-        for name in self._parameters:
-            if self._adapters and name.startswith(self._adapters):
+        for name, p in self._parameters.items():
+            if id(p) in self._of_adapters:
                 continue
             owner = name.rpartition(".")[0]
             while owner:
