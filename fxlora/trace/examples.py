@@ -102,7 +102,7 @@ def _beside(
         made["input_ids"] = torch.zeros(BATCH, LENGTH, dtype=torch.long)
     if "pixel_values" in names and main == "input_ids" and _is_two_tower(model):
         made["pixel_values"] = _pixels(config)
-    if "input_features" in names and main == "input_ids" and hasattr(model, "get_audio_features"):
+    if "input_features" in names and main == "input_ids" and _is_two_tower(model, "audio"):
         made["input_features"] = _features(config)
     if "bbox" in names:
         made["bbox"] = torch.zeros(BATCH, LENGTH, 4, dtype=torch.long)
@@ -120,9 +120,12 @@ def _classifies_text(model: nn.Module) -> bool:
     return type(model).__name__.endswith("ForSequenceClassification")
 
 
-def _is_two_tower(model: nn.Module) -> bool:
-    """Whether a text-and-image model needs both (CLIP); a chat model can do with text alone."""
-    return hasattr(model, "get_image_features") and hasattr(model, "get_text_features")
+def _is_two_tower(model: nn.Module, other: str = "image") -> bool:
+    """Whether a model of text and images (CLIP) or sounds (CLAP) needs both.
+
+    A model that chats about either can do with text alone.
+    """
+    return hasattr(model, f"get_{other}_features") and hasattr(model, "get_text_features")
 
 
 def _parts(config: Any) -> Iterator[Any]:
