@@ -89,10 +89,10 @@ is that file's. `--quick` is the short form, `--against OLD.json` prints what mo
 """
 
 _HOW = """\
-Peer and ours are measured in one run, in turn and back (A B C C B A, then from B on), with the same
-adapters, B not zero, the same mask branch, loss and optimizer. Freed memory stays with the process
-(`run.sh` asks malloc for it), because fetching it anew costs more than a small kernel, and whom it
-hits is chance. A ratio is peer over ours: **above 1 ours is faster
+Peer and ours are measured in one run, in turn and back (A B C C B A, in another order in every
+round), with the same base weights and adapters, B not zero, the same mask branch, loss and optimizer.
+Freed memory stays with the process (`run.sh` asks malloc for it), because fetching it anew costs more
+than a small kernel, and whom it hits is chance. A ratio is peer over ours: **above 1 ours is faster
 or smaller**, and a ratio below 0.99 is a loss and is set in bold. Of each ratio: the median of the
 rounds in CPU time, then the ratio of the two minima, then the median in wall time. Where the three
 disagree, the row is noise. One thread.

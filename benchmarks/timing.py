@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -59,7 +60,8 @@ def interleave(
 ) -> dict[str, Samples]:
     """Times all contenders, A B C C B A in every round, so that a drift of the machine hits all.
 
-    The next round begins with B, so that nobody is always the first or the last.
+    Every round has an order of its own, the same ones in every run: what runs before a contender
+    leaves it a warm or a cold machine, and must not be the same one each time.
 
     Args:
         contenders: by name.
@@ -88,8 +90,10 @@ def interleave(
         calls[name] = 1 if c.setup else max(1, min(2000, int(LEAST / max(cpu, wall, 1e-7))))
         spent += 2 * max(cpu, wall) * calls[name]
     many = max(rounds[0], min(rounds[1], int(seconds / max(spent, 1e-9)))) if warm else rounds[0]
-    for i in range(many):
-        _round(contenders, calls, found, wait, first=i)
+    orders = random.Random(0)
+    names = list(contenders)
+    for _ in range(many):
+        _round(contenders, calls, found, wait, orders.sample(names, len(names)))
     return found
 
 
@@ -98,10 +102,9 @@ def _round(
     calls: dict[str, int],
     found: dict[str, Samples],
     wait: Callable[[], None],
-    first: int,
+    order: list[str],
 ) -> None:
-    names = [name for name in contenders if name in calls]
-    names = [names[(first + i) % len(names)] for i in range(len(names))]
+    names = [name for name in order if name in calls]
     twice: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     for name in [*names, *reversed(names)]:
         try:

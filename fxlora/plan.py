@@ -375,11 +375,15 @@ def _all_sites(traced: GraphModule, config: Any) -> list[Site]:
     known = {s.weight_name for s in found if s.kind == "Parameter"}
     owners = {s.name: s for s in found if s.kind != "Parameter"}
     own = dict(_own_parameters(traced))
+    held = dict(tree(traced))
+    called = {
+        id(held.get(str(n.target))) for n in traced.graph.nodes if n.op == "call_module"
+    }  # of an outline some that it calls are not there
     for name, p in own.items():
         if matching.parameter_match(config.target_parameters, name) is None:
             continue
         if name.rpartition(".")[0] not in owners:
-            _check_whole(name, traced)
+            _check_whole(name, held, called)
         if name in known:
             continue
         if p.dim() not in (2, 3):
@@ -421,14 +425,18 @@ def _check_owner(name: str, owner: Site | None, config: Any) -> None:
         )
 
 
-def _check_whole(name: str, traced: GraphModule) -> None:
-    """Refuses a parameter of a module that is one call of the graph: nothing reads it there."""
-    called = {str(n.target) for n in traced.graph.nodes if n.op == "call_module"}
-    whole = {id(traced.get_submodule(path)) for path in called}
+def _check_whole(name: str, held: dict[str, nn.Module], called: set[int]) -> None:
+    """Refuses a parameter of a module that is one call of the graph: nothing reads it there.
+
+    Args:
+        name: of the parameter.
+        held: the modules of the graph by path.
+        called: the ids of those it calls.
+    """
     above = name
     while above := above.rpartition(".")[0]:
-        module = traced.get_submodule(above)
-        if id(module) in whole:
+        module = held[above]
+        if id(module) in called:
             raise UnsupportedError(
                 f"target_parameters selects {name!r}, a parameter of {above!r}, a "
                 f"{type(module).__name__} that torch computes as a whole: an adapter can be added to "
