@@ -56,6 +56,11 @@ def warnings_of(
                 yield f"{which} key {key!r} matches no adapted site"
     for entry in extras.missing_entries(config, saved):
         yield f"modules_to_save entry {entry!r} matches no module, and PEFT says nothing of it"
+    if config.inference_mode:
+        yield (
+            "inference_mode=True: no adapter trains. A configuration saved beside an adapter says so; "
+            "set config.inference_mode = False to train"
+        )
     yield from _whole_modules(saved)
     yield from _odd_layers(planned)
     # peft.tuners.tuners_utils._check_lora_target_modules_mamba

@@ -10,17 +10,13 @@ from torch import nn
 from torch.fx import GraphModule
 
 from fxlora.config import init_name
+from fxlora.extras import TokenRows
+from fxlora.freezing import bias_trains
 from fxlora.initialise import initialise, truncated
-from fxlora.layers import is_conv
+from fxlora.layers import UPCAST, is_conv
 from fxlora.plan import Plan, PlannedSite
 from fxlora.trace.shell import shell
 
-# peft.tuners.tuners_utils.cast_adapter_dtype: these are trained in float32.
-_UPCAST = {torch.float16, torch.bfloat16} | {
-    getattr(torch, name)
-    for name in ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
-    if hasattr(torch, name)
-}
 Part = nn.Module | nn.Parameter
 
 
@@ -59,7 +55,7 @@ def build(base: GraphModule, plan: Plan, quirks: frozenset[str] = frozenset()) -
     for rows in plan.tokens:
         if not rows.tied_to:
             path = f"{rows.name}.token_adapter.trainable_tokens_delta.{plan.adapter}"
-            held.parts[path] = _rows(base, rows, plan.config)
+            held.parts[path] = _rows(base, rows)
     return held
 
 
@@ -253,23 +249,27 @@ class _Builder:
 
     def _up(self, part: Part) -> Part:
         """Upcasts, after rounding to the base's dtype, as peft does; freezes where peft does."""
-        trains = not self._config.inference_mode
         if isinstance(part, nn.Parameter):
-            value = part.detach()
-            value = value.float() if value.dtype in _UPCAST else value
-            return nn.Parameter(value, requires_grad=part.requires_grad and trains)
+            part = nn.Parameter(part.detach(), requires_grad=part.requires_grad)
         self._finish(part)
         return part
 
     def _finish(self, part: Part) -> None:
         if isinstance(part, nn.Parameter):
-            part.data = part.data.float() if part.dtype in _UPCAST else part.data
-            part.requires_grad_(part.requires_grad and not self._config.inference_mode)
+            wide = part.dtype in UPCAST
+            part.data = part.data.float() if wide else part.data
+            # peft's cast makes a new parameter of one that hangs in no module, and a new one trains.
+            part.requires_grad_(wide or (part.requires_grad and not self._config.inference_mode))
             return
-        for p in part.parameters():
-            if p.dtype in _UPCAST:
+        for name, p in part.named_parameters():
+            if p.dtype in UPCAST:
                 p.data = p.data.float()
-            p.requires_grad_(p.requires_grad and not self._config.inference_mode)
+            # peft freezes an adapter for inference first and lets every `.bias` train after it
+            # (BaseTuner.inject_adapter), lora_bias among them.
+            trains = not self._config.inference_mode or bias_trains(
+                name, self._config.bias, frozenset()
+            )
+            p.requires_grad_(p.requires_grad and trains)
 
 
 class _Undrawn(nn.Linear):
@@ -310,8 +310,8 @@ def _whole(module: nn.Module, trains: bool) -> nn.Module:
     return made
 
 
-def _rows(base: GraphModule, rows: Any, config: Any) -> nn.Parameter:
+def _rows(base: GraphModule, rows: TokenRows) -> nn.Parameter:
     weight: Any = base.get_submodule(rows.name).weight
     values = weight.detach()[list(rows.indices)].clone()
-    values = values.float() if values.dtype in _UPCAST else values
-    return nn.Parameter(values, requires_grad=not config.inference_mode)
+    values = values.float() if values.dtype in UPCAST else values
+    return nn.Parameter(values, requires_grad=rows.trains)

@@ -17,7 +17,7 @@ from fxlora.canonical import Canonical, canonical, first_difference
 from fxlora.config import init_name
 from fxlora.divergences import FAST_PATH, Divergence, divergences, largest
 from fxlora.errors import TraceError, UnsupportedError
-from fxlora.facts import info
+from fxlora.facts import KEY, info
 from fxlora.html import Printed
 from fxlora.plan import Plan
 from fxlora.plan import plan as make_plan
@@ -175,7 +175,7 @@ def compare(
 
     Raises:
         ConfigError: as `fxlora.plan`.
-        TraceError: when the model itself cannot be traced.
+        TraceError: when the model itself cannot be traced, or is a graph already.
         UnsupportedError: on meta, for an initialisation that is computed from the weights.
         Whatever peft raises, when it refuses what fxlora takes.
 
@@ -190,6 +190,11 @@ def compare(
 
     from fxlora.example_inputs import for_model
 
+    if isinstance(model, GraphModule) and KEY in model.meta:
+        raise TraceError(
+            "compare takes the model itself, which it traces and hands to peft, and this is the graph "
+            "that fxlora made of one: fxlora.compare(model, config)"
+        )
     args, kwargs = for_model(model, args, kwargs)
     with torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))):
         traced = trace(model, args, kwargs)

@@ -36,11 +36,12 @@ HONOURED = {
     "kasa_config": "the truncated base weight is in the graph only; the regularisation loss is PEFT's "
     "trainer's affair",
     "use_bdlora": "block-diagonal lora_A or lora_B",
+    "inference_mode": "what it adds is there and frozen, as PEFT loads it; `bias` is not touched by it",
 }
 # Fields that say nothing about the graph.
 NEUTRAL = frozenset(
     "task_type peft_type auto_mapping peft_version base_model_name_or_path revision "
-    "inference_mode runtime_config megatron_core qalora_group_size".split()
+    "runtime_config megatron_core qalora_group_size".split()
 )
 REFUSED = {
     "use_qalora": "QA-LoRA pools the input in groups and needs a GPTQ layer; PEFT ignores the field "

@@ -320,6 +320,12 @@ DELIBERATE: tuple[Deliberate, ...] = (
         "UnsupportedError", "rows and adapter would both own the weight",
     ),
     Deliberate(
+        "rows_of_a_saved_module", "trainable_token_indices",
+        "refuses an entry that is in modules_to_save too, compares the two as written, and otherwise "
+        "hangs the rows over the copy of the module, which fails when it runs", "ConfigTypeError",
+        "the names may differ where the module is the same",
+    ),
+    Deliberate(
         "attention_and_its_projection", "target_modules",
         "hangs a second adapter on the out_proj of an adapted nn.MultiheadAttention, where no forward "
         "reaches it", "UnsupportedError", "the attention's adapter covers out_proj",

@@ -238,6 +238,8 @@ class _Walk:
         at = path[-1]
         if not self._on[at]:
             return f"{at.name} runs under torch.no_grad()"
+        if not any(p.requires_grad for p in _read(self._lora, at)) and at.meta.get("adapter"):
+            return "the adapter is frozen: its parameters do not require grad"
         what = target_name(at) or str(at.target)
         if self._flags[at] and len(path) > 1 and path[-2] in self._autograd[at]:
             return f"the derivative of {what!r} is zero everywhere ({at.name})"

@@ -10,6 +10,7 @@ from torch import nn
 
 from fxlora.config import task_heads
 from fxlora.errors import ConfigError, ConfigTypeError, UnsupportedError, did_you_mean
+from fxlora.layers import UPCAST
 from fxlora.matching import parameter_match
 from fxlora.trace.shell import tree
 
@@ -45,16 +46,19 @@ class TokenRows:
         indices: the rows.
         dim: the length of a row.
         tied_to: the layer whose rows this one shares; "" for a layer with rows of its own.
+        trains: whether they do; inference_mode freezes them, but for those peft makes anew in
+            float32 (peft.tuners.tuners_utils.cast_adapter_dtype).
     """
 
     name: str
     indices: tuple[int, ...]
     dim: int
     tied_to: str = ""
+    trains: bool = True
 
     @property
     def numel(self) -> int:
-        """How many numbers train."""
+        """How many numbers of its own it has."""
         return 0 if self.tied_to else len(self.indices) * self.dim
 
 
@@ -81,16 +85,17 @@ def saved_modules(
         ConfigTypeError: when an entry hits an adapted layer or a bare container, as in PEFT.
     """
     entries = list(dict.fromkeys([*(config.modules_to_save or ()), *task_heads(config)]))
-    _check_parts(entries, adapted)
+    hung = adapted
     adapted = [*adapted, *_owners(config, model)]
     found: list[SavedModule] = []
     for name, module in tree(model):
         entry = next((e for e in entries if name and name.endswith(e)), None)
         if entry is None:
             continue
-        _check_saved(name, module, entry, adapted, found)
+        _check_saved(name, module, entry, adapted, found, config)
         numel = sum(p.numel() for p in module.parameters())
         found.append(SavedModule(name, entry, numel))
+    _check_parts(entries, hung, config)  # after every fault that peft tells
     return tuple(found)
 
 
@@ -103,22 +108,34 @@ def _owners(config: Any, model: nn.Module) -> list[str]:
     return [n.rpartition(".")[0] for n in names if parameter_match(entries, n) is not None]
 
 
-def _check_parts(entries: Collection[str], adapted: Collection[str]) -> None:
+def _entry(entry: str, config: Any) -> str:
+    """Returns how a message names an entry: one that a task type adds is in no list of the user's."""
+    task = str(getattr(config.task_type, "value", config.task_type))
+    added = f" (task_type={task!r} adds it)" if entry in task_heads(config) else ""
+    return f"modules_to_save entry {entry!r}{added}"
+
+
+def _check_parts(entries: Collection[str], adapted: Collection[str], config: Any) -> None:
     """Refuses an entry that hits a part of an adapter: PEFT matches when the adapters are there."""
     parts = [f"{name}.{part}" for name in adapted for part in _PARTS]
     for entry in entries:
         hit = next((p for p in parts if p.endswith(entry)), None)
         if hit is not None:
             raise UnsupportedError(
-                f"modules_to_save entry {entry!r} hits {hit!r}, a part of the adapter: an entry "
+                f"{_entry(entry, config)} hits {hit!r}, a part of the adapter: an entry "
                 "matches every name that ends with it, without a dot. Write more of the name"
             )
 
 
 def _check_saved(
-    name: str, module: nn.Module, entry: str, adapted: Collection[str], found: list[SavedModule]
+    name: str,
+    module: nn.Module,
+    entry: str,
+    adapted: Collection[str],
+    found: list[SavedModule],
+    config: Any,
 ) -> None:
-    what = f"modules_to_save entry {entry!r} hits {name!r}"
+    what = f"{_entry(entry, config)} hits {name!r}"
     inside = [a for a in adapted if a == name or a.startswith(f"{name}.")]
     if inside:
         raise ConfigTypeError(
@@ -175,6 +192,7 @@ def token_rows(
         for name in _ending(entry, model):
             own.setdefault(name, list(indices))
     rows = {n: i for n, i in own.items() if not (n in tied and own.get(embedding) == i)}
+    adapted = [*adapted, *_owners(config, model)]
     otherwise = {*adapted, *(s.name for s in saved)}
     found = []
     for name, indices in rows.items():  # one by one, as peft does: the first fault is the one told
@@ -183,9 +201,10 @@ def token_rows(
                 f"trainable_token_indices hits {name!r}, which is adapted or in modules_to_save "
                 "too; a layer is trained in one way"
             )
-        found.append(_rows(name, indices, model))
+        found.append(_rows(name, indices, model, not config.inference_mode))
     if embedding in rows and not (set(tied) & set(rows)):
-        found += [_rows(n, rows[embedding], model, embedding) for n in tied]
+        trains = not config.inference_mode
+        found += [_rows(n, rows[embedding], model, trains, embedding) for n in tied]
     for f in found:
         if f.tied_to and f.name in adapted:
             raise UnsupportedError(
@@ -230,7 +249,9 @@ def _ending(entry: str, model: nn.Module) -> list[str]:
     return found
 
 
-def _rows(name: str, indices: list[int], model: nn.Module, tied_to: str = "") -> TokenRows:
+def _rows(
+    name: str, indices: list[int], model: nn.Module, trains: bool, tied_to: str = ""
+) -> TokenRows:
     module = model.get_submodule(name)
     if not isinstance(module, (nn.Embedding, nn.Linear)):
         raise ConfigError(
@@ -243,7 +264,8 @@ def _rows(name: str, indices: list[int], model: nn.Module, tied_to: str = "") ->
         raise ConfigError(
             f"trainable_token_indices has {bad[0]!r} for {name!r}, which has rows 0 to {count - 1}"
         )
-    return TokenRows(name, tuple(indices), dim, tied_to)
+    trains = trains or module.weight.dtype in UPCAST
+    return TokenRows(name, tuple(indices), dim, tied_to, trains)
 
 
 def _from_zero(rows: TokenRows, model: nn.Module) -> None:

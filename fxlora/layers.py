@@ -15,6 +15,7 @@ from torch import nn
 
 from fxlora.config import VARIANT_FIELDS, init_name, variant_of
 from fxlora.errors import ConfigError, ConfigTypeError, UnsupportedError
+from fxlora.freezing import bias_trains
 from fxlora.sites import Site
 
 KINDS = (
@@ -31,6 +32,12 @@ _VARIANTS = {
     "Parameter": (),
 }
 _FACTORED = ("pissa", "olora", "orthogonal", "mica")
+# peft.tuners.tuners_utils.cast_adapter_dtype: these are trained in float32.
+UPCAST = {torch.float16, torch.bfloat16} | {
+    getattr(torch, name)
+    for name in ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
+    if hasattr(torch, name)
+}
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,7 @@ class AdapterShape:
             the weight, because no call of the layer has it as its input).
         variant: "", "dora", "mica", "kasa", "bdlora-a", "bdlora-b" or "bdlora" (neither factor).
         parameters: name below the site, with `{}` for the adapter's name -> shape.
-        frozen: those of them that never train.
+        frozen: those of them that do not train.
     """
 
     form: str
@@ -97,7 +104,7 @@ def adapter_shape(site: Site, module: Any, config: Any, r: int, experts: int) ->
     else:
         shapes = dict(_pair(site, module, r * experts))
         if variant.startswith("bdlora-"):
-            _block(shapes, variant[-1], config.use_bdlora)
+            _block(site, shapes, variant[-1], config.use_bdlora)
         if config.lora_bias:
             shapes["lora_B.{}.bias"] = (site.out_features,)
         if variant == "mica":
@@ -106,6 +113,12 @@ def adapter_shape(site: Site, module: Any, config: Any, r: int, experts: int) ->
         shapes["lora_magnitude_vector.{}.weight"] = _magnitude(site)
     if variant == "kasa":
         shapes["lora_diag.{}"] = (r,)
+    if config.inference_mode:  # bias="all" lets every `.bias` train all the same, lora_bias too
+        frozen = tuple(n for n in shapes if not bias_trains(n, config.bias, frozenset()))
+    loose = [n for n in frozen if n.endswith(".{}")]
+    if loose and module.weight.dtype in UPCAST:
+        # peft's cast makes a new parameter of one that hangs in no module, and a new one trains.
+        frozen = tuple(n for n in frozen if n not in loose)
     return AdapterShape(_form(site.kind), variant, tuple(shapes.items()), frozen)
 
 
@@ -157,7 +170,13 @@ def _blocked(site: Site, bd: Any) -> str:
     return "bdlora-a" if in_a else "bdlora-b" if in_b else "bdlora"
 
 
-def _block(shapes: dict[str, tuple[int, ...]], which: str, bd: Any) -> None:
+def _block(site: Site, shapes: dict[str, tuple[int, ...]], which: str, bd: Any) -> None:
+    if site.kind == "Conv1D":
+        raise UnsupportedError(
+            f"use_bdlora: {site.name!r} is a Conv1D, and peft makes block-diagonal factors from a "
+            f"layer's in_features and out_features, which a Conv1D does not have. Leave it out of "
+            f"target_modules_bd_{which}, or of target_modules with exclude_modules=[{site.name!r}]"
+        )
     name = f"lora_{which.upper()}.{{}}.weight"
     rows, columns = shapes[name]
     if rows % bd.nblocks or columns % bd.nblocks:

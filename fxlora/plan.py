@@ -573,6 +573,7 @@ def _with_projections(planned: list[PlannedSite]) -> list[PlannedSite]:
             (("lora_A.{}.weight", (r, p.site.in_features)),
              ("lora_B.{}.weight", (p.site.out_features, r)),
              *((n, (p.site.out_features,)) for n, _ in outer.adapter.parameters[2:])),
+            outer.adapter.frozen,
         )  # fmt: skip
         reason = f"the output projection of {outer.name!r}, which is targeted"
         out.append(
@@ -654,9 +655,10 @@ def _count(
     tokens: tuple[TokenRows, ...],
 ) -> tuple[int, int]:
     shapes = [p.adapter for p in planned if p.adapter is not None]
-    copied = sum(s.numel for s in saved) + sum(t.numel for t in tokens)
-    added = sum(s.numel for s in shapes) + copied
-    trains = sum(s.trainable for s in shapes) + copied
+    copied = sum(s.numel for s in saved)
+    added = sum(s.numel for s in shapes) + copied + sum(t.numel for t in tokens)
+    trains = sum(s.trainable for s in shapes) + (0 if config.inference_mode else copied)
+    trains += sum(t.numel for t in tokens if t.trains)
     base = list(traced.named_parameters())
     whole = tuple(f"{s.name}." for s in saved)
     adapted = adapted_modules(planned)

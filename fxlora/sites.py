@@ -12,6 +12,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 from torch.nn import functional as F
 
+from fxlora.errors import TraceError
 from fxlora.facts import info
 from fxlora.trace.shell import is_conv1d, tree
 
@@ -157,11 +158,23 @@ def sites(graph_module: GraphModule) -> tuple[Site, ...]:
         if kind is None:
             continue
         parameters = [n for alias in aliases for n in _parameter_names(held[alias], alias)]
+        _check_unchanged(live.get(aliases[0]), types[aliases[0]], aliases[0])
         type_name = types[aliases[0]].__name__
         found.append(_module_site(live, aliases, kind, type_name, calls, parameters))
         covered.update(parameters)
     found += _bare(graph_module, calls, covered)
     return tuple(found)
+
+
+def _check_unchanged(now: nn.Module | None, then: type, name: str) -> None:
+    """Refuses a model that got other layers after it was traced, as get_peft_model gives it."""
+    if not isinstance(now, then):
+        what = "gone" if now is None else f"now {type(now).__module__}.{type(now).__qualname__}"
+        raise TraceError(
+            f"the model was changed after it was traced: {name!r} was {then.__name__} and is {what}. "
+            "get_peft_model changes the model it is given: give it copy.deepcopy(model), or trace "
+            "the model again"
+        )
 
 
 def _parameter_names(module: nn.Module, name: str) -> Iterator[str]:

@@ -171,14 +171,15 @@ class Mixture(nn.Module):
 
 
 class Half(nn.Module):
-    """A layer in half precision between layers that are not."""
+    """Layers in half precision between layers that are not."""
 
     def __init__(self) -> None:
         super().__init__()
         self.lin = nn.Linear(WIDTH, WIDTH).to(torch.bfloat16)
+        self.words = nn.Embedding(VOCAB, WIDTH).to(torch.bfloat16)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.lin(x.to(torch.bfloat16)).to(x.dtype)
+        return (self.lin(x.to(torch.bfloat16)) + self.words(x.argmax(-1))).to(x.dtype)
 
 
 class Squared(nn.Module):

@@ -745,6 +745,9 @@ def _embeddings() -> list[Row]:
         "embedding-init-random": _text({**emb, "init_lora_weights": False}),
         "embedding-init-gaussian": _text({**emb, "init_lora_weights": "gaussian"}),
         "embedding-mica": _text({**emb, "init_lora_weights": "mica"}),
+        "embedding-mica-bf16": {
+            **_text({**emb, "init_lora_weights": "mica"}), "dtype": torch.bfloat16,
+        },
         "embedding-bf16": {**_text(both), "dtype": torch.bfloat16},
         "embedding-fp16-meta": {**_text(both), "dtype": torch.float16, "device": "meta"},
         "embedding-bias-all": _text({**emb, "bias": "all"}),

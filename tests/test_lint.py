@@ -357,6 +357,10 @@ NEAR: dict[str, list[Callable[[], Report]]] = {
             embedded(), ["up", "words"], IDS, settings=options(gradient_checkpointing="reentrant")
         ),
     ],
+    "FXL408": [
+        lambda: check(chain(a=linear(4)), ["a"], inference_mode=False),
+        lambda: check(chain(a=linear(4)), ["a"], bias="all"),
+    ],
     "FXL501": [
         lambda: tied(False), lambda: tied(True, targets=["up"]),
         lambda: check(Net(lambda m, x: m.a(m.a(x)), a=linear(4)), ["a"], X),

@@ -18,7 +18,7 @@ from torch import nn
 
 import fxlora
 from fxlora.cli import main
-from fxlora.errors import ConfigError, ModelSpecError, UnsupportedError
+from fxlora.errors import ConfigError, ModelSpecError, TraceError, UnsupportedError
 from fxlora.models import with_inputs
 
 IDS = torch.arange(14).view(2, 7)
@@ -374,3 +374,27 @@ def test_the_class_to_build_can_be_named(capsys: pytest.CaptureFixture[str]) -> 
     assert "Did you mean 'CLIPModel'?" in capsys.readouterr().err
     assert main(["plan", "clip", "--architecture", "LlamaModel", "-t", "q_proj"]) == 2
     assert "no class of a clip model" in capsys.readouterr().err
+
+
+# ---- a model that peft wrapped meanwhile -------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", ["embedding", "linear"])
+def test_a_model_that_peft_changed_after_the_trace_is_named(first: str) -> None:
+    layer, x = (
+        (nn.Embedding(16, 8), torch.zeros(2, dtype=torch.long))
+        if first == "embedding"
+        else (nn.Linear(16, 8), torch.randn(2, 16))
+    )
+    model = nn.Sequential(layer, nn.Linear(8, 8))
+    traced = fxlora.trace(model, (x,))
+    config = LoraConfig(r=2, target_modules=["0", "1"])
+    get_peft_model(model, config)
+    with pytest.raises(TraceError, match=r"'0' was .* is now peft\..*copy\.deepcopy"):
+        fxlora.plan(traced, config)
+
+
+def test_compare_says_that_it_takes_the_model_and_not_its_graph() -> None:
+    traced = fxlora.trace(nn.Sequential(nn.Linear(4, 4)))
+    with pytest.raises(TraceError, match=r"fxlora\.compare\(model, config\)"):
+        fxlora.compare(traced, LoraConfig(target_modules=["0"]))

@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 
 import fxlora
 from fxlora import peft_side
+from fxlora.optimize import functions
 
 
 def powered(row: Row) -> Row:
@@ -63,13 +64,24 @@ def assert_same_gradients(pair: Pair) -> None:
     assert found or pair.row.dead
 
 
+@pytest.fixture(params=["as sized", "as if large"])
+def size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Lets small tensors take the ways of large ones as well."""
+    if request.param == "as if large":
+        monkeypatch.setattr(functions, "_MANY", 0)
+        monkeypatch.setattr(functions, "_MORE", 0)
+    return str(request.param)
+
+
 @over(SAMPLE)
+@pytest.mark.usefixtures("size")
 def test_outputs_and_all_gradients_are_peft_s_bits_on_every_kind_of_row(row: Row) -> None:
     assert_peft_s_bits(row)
 
 
 @pytest.mark.slow
 @over([r for r in POWERED if r not in SAMPLE])
+@pytest.mark.usefixtures("size")
 def test_outputs_and_all_gradients_are_peft_s_bits_on_the_whole_matrix(row: Row) -> None:
     assert_peft_s_bits(row)
 

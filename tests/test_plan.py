@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.config import KasaConfig
 from torch import nn
 from torch.nn import functional as F
 from zoo import ZOO
@@ -20,6 +21,7 @@ from zoo import ZOO
 import fxlora
 from fxlora import matching
 from fxlora.errors import ConfigError, NoMatchError, UnsupportedError
+from fxlora.peft_side import common_name, wrapped
 from fxlora.sites import sites
 
 
@@ -416,3 +418,37 @@ def test_a_plan_of_a_model_is_for_looking_at() -> None:
     lora = LoraConfig(target_modules=["0"])
     with pytest.raises(ValueError, match="plan again with fxlora"):
         fxlora.rewrite(fxlora.trace(model), fxlora.plan(model, lora, args=(torch.ones(1, 4),)))
+
+
+# ---- what inference_mode leaves to train -------------------------------------------------------
+
+FROZEN = {
+    "plain": {},
+    "lora-bias": {"lora_bias": True},
+    "mica": {"init_lora_weights": "mica"},
+    "kasa": {"kasa_config": KasaConfig(), "target_modules": ["1"]},
+    "whole": {"target_modules": ["1"], "modules_to_save": ["2"]},
+    "rows": {"target_modules": ["1"], "trainable_token_indices": {"0": [1, 2]}},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
+@pytest.mark.parametrize("inference", [True, False])
+@pytest.mark.parametrize("kind", FROZEN)
+def test_what_trains_in_inference_mode_is_what_trains_with_peft(
+    kind: str, inference: bool, bias: str, dtype: torch.dtype
+) -> None:
+    """PEFT freezes in one place and thaws in two: `bias`, and its cast of loose parameters."""
+    net = nn.Sequential(nn.Embedding(16, 8), nn.Linear(8, 8), nn.Linear(8, 4)).to(dtype)
+    targets = ["1", "2"] if kind == "lora-bias" else ["0", "1"]
+    settings = {"r": 2, "target_modules": targets, "bias": bias, "inference_mode": inference}
+    config = LoraConfig(**{**settings, **FROZEN[kind]})
+    theirs = get_peft_model(copy.deepcopy(net), config)
+    traced = fxlora.trace(net, (torch.zeros(2, dtype=torch.long),))
+    plan = fxlora.plan(traced, config)
+    assert (plan.trainable, plan.total) == theirs.get_nb_trainable_parameters()
+    ours = fxlora.rewrite(traced, plan)
+    flags = {common_name(n): p.requires_grad for n, p in wrapped(theirs).named_parameters()}
+    assert {n: p.requires_grad for n, p in ours.named_parameters()} == flags
+    assert any("inference_mode=True" in w for w in plan.warnings) == inference

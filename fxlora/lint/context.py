@@ -102,7 +102,7 @@ class Context:
         """The rewritten graph; its initial values say nothing and are not drawn twice."""
         if self.given is not None:
             return self.given
-        plan = replace(self.plan, config=_plain_init(self.plan.config))
+        plan = replace(self.plan, config=_training(_plain_init(self.plan.config)))
         state = torch.get_rng_state()  # the caller's draw is not ours to move
         try:
             return rewrite(self.traced, plan)
@@ -160,6 +160,15 @@ def _plain_init(config: Any) -> Any:
         return config
     made = copy.copy(config)
     made.init_lora_weights = True
+    return made
+
+
+def _training(config: Any) -> Any:
+    """Returns a configuration whose adapters train: what inference_mode freezes has a rule of its own."""
+    if not config.inference_mode:
+        return config
+    made = copy.copy(config)
+    made.inference_mode = False
     return made
 
 

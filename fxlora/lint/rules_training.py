@@ -70,6 +70,19 @@ def checkpointing_cuts_gradient(context: Context) -> Iterator[Hit]:
             )
 
 
+def inference_mode(context: Context) -> Iterator[Hit]:
+    """FXL408: a configuration that freezes its own adapters."""
+    if context.config.inference_mode:
+        bias = context.config.bias
+        rest = f" but the biases of bias={bias!r}" if bias != "none" else ""
+        yield Hit(
+            f"inference_mode=True freezes every adapter: after get_peft_model nothing trains{rest}",
+            "set config.inference_mode = False, or load a saved adapter with "
+            "PeftModel.from_pretrained(..., is_trainable=True)",
+            subject="inference_mode",
+        )
+
+
 _W = Severity.WARNING
 _MODEL = "model = nn.Sequential(OrderedDict(up=nn.Linear(64, 64), down=nn.Linear(64, 64)))\n"
 RULES = (
@@ -183,5 +196,19 @@ report = lint(traced, LoraConfig(r=2, target_modules=["up"]), Settings(options=o
         fix="Use the non-reentrant checkpoint, or `model.enable_input_require_grads()`, and say so "
         "with `--input-require-grads`.",
         threads=("huggingface/transformers#42489", "microsoft/LoRA#120"),
+    ),
+    Rule(
+        "FXL408", "inference-mode", Severity.ERROR, inference_mode,
+        finds="`inference_mode=True` in a configuration that is to train. The command line reads a "
+        "saved configuration as one to train with, so it is silent there.",
+        why="PEFT writes it into every adapter_config.json it saves and freezes every adapter made "
+        "from it: with `get_peft_model(model, PeftConfig.from_pretrained(...))` nothing trains, and "
+        "the backward pass fails with `element 0 of tensors does not require grad`.",
+        example=_MODEL
+        + 'config = LoraConfig(r=2, target_modules=["up"], inference_mode=True)\n'
+        "report = lint(fxlora.trace(model), config)",
+        fix="Set `config.inference_mode = False`, or load the adapter with "
+        "`PeftModel.from_pretrained(..., is_trainable=True)`.",
+        threads=("huggingface/peft#472", "huggingface/peft#2840"),
     ),
 )  # fmt: skip
