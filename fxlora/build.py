@@ -11,9 +11,9 @@ from torch.fx import GraphModule
 
 from fxlora.config import init_name
 from fxlora.extras import TokenRows
-from fxlora.freezing import bias_trains
+from fxlora.freezing import UPCAST, bias_trains
 from fxlora.initialise import initialise, truncated
-from fxlora.layers import UPCAST, is_conv
+from fxlora.layers import is_conv
 from fxlora.plan import Plan, PlannedSite
 from fxlora.trace.shell import shell
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from fxlora.config import task_heads
 from fxlora.errors import ConfigError, ConfigTypeError, UnsupportedError, did_you_mean
-from fxlora.layers import UPCAST
+from fxlora.freezing import UPCAST
 from fxlora.matching import parameter_match
 from fxlora.trace.shell import tree
 

@@ -1,8 +1,17 @@
-"""Which base parameters train after a rewrite: the `bias` field of a LoraConfig, nothing else."""
+"""Which parameters train after a rewrite: base ones by the `bias` field, and what a cast thaws."""
 
 from __future__ import annotations
 
 from collections.abc import Set as AbstractSet
+
+import torch
+
+# peft.tuners.tuners_utils.cast_adapter_dtype: these are trained in float32.
+UPCAST = {torch.float16, torch.bfloat16} | {
+    getattr(torch, name)
+    for name in ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
+    if hasattr(torch, name)
+}
 
 
 def bias_trains(

@@ -15,7 +15,7 @@ from torch import nn
 
 from fxlora.config import VARIANT_FIELDS, init_name, variant_of
 from fxlora.errors import ConfigError, ConfigTypeError, UnsupportedError
-from fxlora.freezing import bias_trains
+from fxlora.freezing import UPCAST, bias_trains
 from fxlora.sites import Site
 
 KINDS = (
@@ -32,12 +32,6 @@ _VARIANTS = {
     "Parameter": (),
 }
 _FACTORED = ("pissa", "olora", "orthogonal", "mica")
-# peft.tuners.tuners_utils.cast_adapter_dtype: these are trained in float32.
-UPCAST = {torch.float16, torch.bfloat16} | {
-    getattr(torch, name)
-    for name in ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
-    if hasattr(torch, name)
-}
 
 
 @dataclass(frozen=True)
