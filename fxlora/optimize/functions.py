@@ -66,6 +66,8 @@ def add_product(
     to y, or to y cast to float32, which adding the two does as well. In bfloat16 the addmm rounds
     once where the two steps round twice.
     """
+    if y.dtype is _F32 and h.dtype is _F32 and h.ndim == 2:
+        return _addmm(y, h, weight.t(), alpha=alpha)
     # A size that is asked for while torch compiles or exports becomes a condition of the program.
     wide = h.dtype is _F32 and (
         y.dtype is _F32

@@ -15,6 +15,8 @@ from typing import Any
 
 from torch import nn
 
+from fxlora.trace.guards import InputGuards
+
 _LINE = re.compile(r"^(\w+(?: : [^=]+)? = )(self\b|getattr\(+)")
 _HOP = re.compile(r"\.([A-Za-z_]\w*)")
 _NAMED = re.compile(r', "([^"]*)"\)')
@@ -29,10 +31,13 @@ class Reads:
 
     def __init__(self, root: nn.Module) -> None:
         self._kinds: dict[str, str] = {}
+        self._guards: set[str] = set()
         for path, module in root.named_modules(remove_duplicate=False):
             prefix = f"{path}." if path else ""
             if path:
                 self._kinds[path] = "_modules"
+            if isinstance(module, InputGuards):
+                self._guards.add(path)
             for kind in ("_parameters", "_buffers"):
                 for name in getattr(module, kind):
                     self._kinds[prefix + name] = kind
@@ -56,6 +61,8 @@ class Reads:
             return [line]
         before: list[str] = []
         expression = self._reach(path, known, before)
+        if path in self._guards:  # nobody hooks it, and nn.Module's call takes a microsecond
+            expression += ".forward"
         return [*before, f"{left}{expression}{rest}"]
 
     def _reach(self, path: str, known: dict[str, str], before: list[str]) -> str:

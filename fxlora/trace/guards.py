@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from types import CodeType
 from typing import Any
 
@@ -22,6 +23,26 @@ _SCOPE: dict[str, Any] = {"__builtins__": {}, **_FUNCTIONS}
 def _code(conditions: tuple[str, ...]) -> CodeType:
     """Returns conditions as one compiled expression: a call of the graph must not parse text."""
     return compile(" and ".join(f"({c})" for c in conditions), "<guards>", "eval")
+
+
+def _test(
+    ranks: tuple[int, ...],
+    fixed: tuple[tuple[int, int, int], ...],
+    symbols: dict[str, tuple[int, int]],
+    conditions: tuple[str, ...],
+) -> Callable[[tuple[Any, ...]], bool]:
+    """Returns one compiled expression that is true where no check of the shapes would raise."""
+    parts = [f"isinstance(t[{i}], Tensor) and t[{i}].dim() == {r}" for i, r in enumerate(ranks)]
+    parts += [f"t[{i}].size({dim}) == {size}" for i, dim, size in fixed]
+    if conditions:
+        met = " and ".join(f"({c})" for c in conditions)
+        given = ", ".join(f"t[{i}].size({d})" for i, d in symbols.values())
+        parts.append(f"(lambda {', '.join(symbols)}: {met})({given})")
+    scope = {**_SCOPE, "Tensor": torch.Tensor, "isinstance": isinstance}
+    made: Callable[[tuple[Any, ...]], bool] = eval(
+        f"lambda t: {' and '.join(parts) or True}", scope
+    )
+    return made
 
 
 class _Missing:
@@ -67,13 +88,22 @@ class InputGuards(GraphHelper):
         self.mode = mode
         self.mode_reason = ""
         self.path = "_guards"
+        self._holds: Callable[[tuple[Any, ...]], bool] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves out what is compiled: it can be neither copied nor pickled."""
+        return {**self.__dict__, "_holds": None}
 
     def forward(self, tensors: tuple[Any, ...], constants: tuple[Any, ...] = ()) -> None:
         """Raises `GuardError` when an input is not one the graph stands for."""
         if torch.compiler.is_compiling():
             return  # dynamo guards its own inputs, and could not follow the text below
-        self._check_constants(constants)
-        self._check_shapes(tensors)
+        if constants:
+            self._check_constants(constants)
+        if self._holds is None:
+            self._holds = _test(self.ranks, self.fixed, self.symbols, self.conditions)
+        if not self._holds(tensors):
+            self._check_shapes(tensors)  # says which
         if self.mode is not None and self.training != self.mode:
             now, was = ("train", "eval") if self.training else ("eval", "train")
             raise GuardError(
