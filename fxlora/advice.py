@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -192,11 +191,12 @@ def no_match(
         near = part_hint(shown[0], parts()) or did_you_mean(shown[0], [*last, *names])
     elif isinstance(shown, str) and shown in last:
         near = f" A string is one pattern for the whole name; write [{shown!r}] for a suffix."
-    limited = [p.reason for p in planned if p.rule == "layer"]
-    why = f" {limited[0]}" if limited else ""
+    limited = [p for p in planned if p.rule == "layer"]
+    why = f" {limited[0].reason}" if limited else ""
     if limited:  # the names are right then
-        numbers = {int(m.group(1)) for r in limited if (m := re.match(r"layer (\d+)\b", r))}
-        why += f"; those it names are in layers {ranges(sorted(numbers))}." if numbers else "."
+        found = (matching.layer_index(config.layers_pattern, p.name) for p in limited)
+        numbers = sorted({i for i in found if i is not None})
+        why += f"; those it names are in layers {ranges(numbers)}." if numbers else "."
         near = ""
     elif not isinstance(shown, str) and shown:
         near = next((h for t in shown if (h := first_name_hint(t, planned))), near)

@@ -326,7 +326,7 @@ def _by_layers(universe: list[str], wanted: list[str]) -> Lists | None:
 
     Outside of these layers a suffix takes nothing; an exact name still does.
     """
-    index = {n: matching._layer_index(None, n) for n in universe}
+    index = {n: matching.layer_index(None, n) for n in universe}
     kept = {i for n in wanted if (i := index[n]) is not None}
     if not kept or kept == {i for i in index.values() if i is not None}:
         return None

@@ -146,7 +146,7 @@ def _layer_step(config: Any, name: str) -> Step:
     wanted = config.layers_to_transform
     if wanted is None or wanted == []:
         return Step("layers_to_transform", "not set", "")
-    index = matching._layer_index(config.layers_pattern, name)
+    index = matching.layer_index(config.layers_pattern, name)
     where = f" behind layers_pattern={config.layers_pattern!r}" if config.layers_pattern else ""
     if index is None:
         return Step("layers_to_transform", "leaves", f"its name holds no layer index{where}")

@@ -100,7 +100,7 @@ def _by_layer(config: Any, key: str, suffix: str) -> Match:
     # PEFT takes an empty list for none, and no other empty value.
     if wanted is None or wanted == []:
         return taken
-    index = _layer_index(config.layers_pattern, key)
+    index = layer_index(config.layers_pattern, key)
     if index is None:
         return Match(
             False, "layer", "layers_to_transform is set and its name holds no layer index there"
@@ -110,7 +110,18 @@ def _by_layer(config: Any, key: str, suffix: str) -> Match:
     return Match(False, "layer", f"layer {index} is not in layers_to_transform={wanted!r}")
 
 
-def _layer_index(pattern: Any, key: str) -> int | None:
+def layer_index(pattern: Any, key: str) -> int | None:
+    """Returns the layer index that layers_to_transform is compared with; None where there is none.
+
+    Args:
+        pattern: layers_pattern.
+        key: a module's name.
+
+    Source: peft.tuners.tuners_utils.check_target_module_exists.
+
+    >>> layer_index(None, "model.layers.3.mlp.up"), layer_index("blocks", "model.layers.3.mlp.up")
+    (3, None)
+    """
     if not pattern:
         # The first numbered segment: in "layers.1.experts.0.w1" the layer, not the expert.
         found = re.match(r".*?\.[^.]*\.(?P<idx>\d+)\.", key)

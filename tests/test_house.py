@@ -59,7 +59,6 @@ LAYERS = [
     ["optimize.flatten", "optimize.dropouts", "optimize.casts", "optimize.scalings"],
     [
         "optimize.products",
-        "optimize.roundings",
         "optimize.shared_casts",
         "optimize.reads",
         "optimize.checkpoints",

@@ -7,14 +7,11 @@ from typing import Any
 
 import torch
 
-from fxlora.runtime import cast_like
-
 # F.linear itself, without the Python name in front of it.
 linear = torch._C._nn.linear
 _addmm, _add, _F32 = torch.addmm, torch.add, torch.float32
 _HALVES = (torch.bfloat16, torch.float16)
 MOST = 128  # the longest inner dimension the BLAS sums up in one go
-_MORE = 1 << 18  # the same for a function of Python's
 _MANY = 1 << 15  # below, one more node of autograd's graph costs more than a pass over the output
 
 
@@ -88,69 +85,6 @@ def _sum(y: torch.Tensor, h: torch.Tensor, weight: torch.Tensor, alpha: float) -
     return y.to(_F32).addmm_(h, weight.t(), alpha=alpha)
 
 
-class _Rounded(torch.autograd.Function):
-    """The sum of a narrow base and a float32 product, rounded to the base's dtype.
-
-    A gradient that comes in that dtype is cast up for the product, and is the base's own as it is:
-    autograd would cast it up and down again for the base. What is kept are inputs, so that a second
-    backward pass goes through this one.
-    """
-
-    @staticmethod
-    def forward(
-        y: torch.Tensor, h: torch.Tensor, weight: torch.Tensor, alpha: float
-    ) -> torch.Tensor:
-        """Returns y + alpha * h W^T in the dtype of y."""
-        flat = _sum(y.view(-1, y.size(-1)), h.view(-1, h.size(-1)), weight, alpha)
-        return flat.to(y.dtype).view(y.shape)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:  # noqa: ARG004  torch's signature
-        """Keeps what the products of the backward pass need."""
-        y, h, weight, ctx.alpha = inputs
-        ctx.dtype = y.dtype
-        ctx.save_for_backward(h, weight)
-        ctx.save_for_forward(h, weight)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        """Returns the gradients as addmm's backward pass takes them: scaled where they are thin."""
-        h, weight = ctx.saved_tensors
-        to_y, to_h, to_weight, _ = ctx.needs_input_grad
-        wide = grads[0].reshape(-1, grads[0].size(-1)).to(_F32)
-        thin = (wide.mm(weight) * ctx.alpha).view(h.shape) if to_h else None
-        outer = wide.t().mm(h.view(-1, h.size(-1))) * ctx.alpha if to_weight else None
-        return grads[0] if to_y else None, thin, outer, None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        """Returns the tangent of the sum, for forward-mode differentiation."""
-        h, weight = ctx.saved_tensors
-        y, of_h, of_weight, _ = tangents
-        parts = [linear(of_h, weight)] if of_h is not None else []
-        parts += [linear(h, of_weight)] if of_weight is not None else []
-        moved = sum(p * ctx.alpha for p in parts) + (0 if y is None else y)
-        return moved.to(ctx.dtype)
-
-
-def add_rounded(
-    y: torch.Tensor, h: torch.Tensor, weight: torch.Tensor, alpha: float
-) -> torch.Tensor:
-    """Returns `add_product(y, h, weight, alpha)` in the dtype of y."""
-    if (
-        y.dtype in _HALVES
-        and h.dtype is _F32
-        and not torch.compiler.is_compiling()
-        and y.numel() >= _MORE
-        and y.is_contiguous()
-        and h.is_contiguous()
-        and torch.is_grad_enabled()
-    ):
-        rounded: torch.Tensor = _Rounded.apply(y, h, weight, alpha)  # type: ignore[no-untyped-call]
-        return rounded
-    return cast_like(add_product(y, h, weight, alpha), y)
-
-
 class _Again(torch.autograd.Function):
     """A cast whose result is there already: forward hands it on, backward casts the gradient."""
 
@@ -200,7 +134,6 @@ for _name in (
     "dropout",
     "cast_for_product",
     "add_product",
-    "add_rounded",
     "cast_again",
 ):
     torch.fx.wrap(_name)

@@ -19,7 +19,6 @@ from fxlora.optimize.orders import orders
 from fxlora.optimize.products import products
 from fxlora.optimize.reads import read_quickly
 from fxlora.optimize.report import KEY, Report, Step
-from fxlora.optimize.roundings import roundings
 from fxlora.optimize.scalings import scalings
 from fxlora.optimize.shared_casts import shared_casts
 from fxlora.trace.bulk import copy_graph
@@ -28,9 +27,9 @@ from fxlora.trace.tracer import graph_module
 
 Pass = Callable[[Graph, nn.Module], Step]
 MODES: dict[str, tuple[Pass, ...]] = {
-    "exact": (dropouts, flatten, casts, shared_casts, scalings, products, roundings),
-    "memory": (dropouts, flatten, groups, swiglus, casts, scalings, products, roundings),
-    "inference": (dropouts, flatten, orders, casts, scalings, products, roundings),
+    "exact": (dropouts, flatten, casts, shared_casts, scalings, products),
+    "memory": (dropouts, flatten, groups, swiglus, casts, scalings, products),
+    "inference": (dropouts, flatten, orders, casts, scalings, products),
 }
 
 
