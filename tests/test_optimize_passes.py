@@ -242,9 +242,11 @@ def test_shared_casts_and_products_are_differentiated_twice_forward_and_by_torch
     assert all(torch.equal(mine[n], plain[n]) for n in trained)
     along = ({n: torch.ones_like(p) for n, p in trained.items()},)
     mine, plain = (
-        torch.func.jvp(functools.partial(loss, g), (trained,), along)[1] for g in (fast, lora)
+        torch.func.jvp(torch.func.grad(functools.partial(loss, g)), (trained,), along)[1]
+        for g in (fast, lora)
     )
-    assert abs(mine - plain) <= 0.02 * abs(plain)
+    for n in trained:  # the Hessian's product with a vector, forward over reverse
+        assert (mine[n] - plain[n]).abs().max() <= 0.02 * plain[n].abs().max(), n
 
 
 # ---- readings, the whole -----------------------------------------------------------------------
