@@ -105,8 +105,11 @@ const chosenRows = () => new Set(nodes.has(state.selected) ? nodes.get(state.sel
 function drawRows() {
   if (!state.table || !body) return;
   const view = scroller();
-  const from = Math.max(0, Math.floor(view.scrollTop / HIGH) - 6);
-  const upto = Math.min(listed.length, from + Math.ceil((view.clientHeight || 300) / HIGH) + 12);
+  const fits = Math.ceil((view.clientHeight || 300) / HIGH);
+  // A filter that leaves few rows is drawn before the browser takes the scrolling back.
+  const top = Math.min(Math.floor(view.scrollTop / HIGH), Math.max(0, listed.length - fits));
+  const from = Math.max(0, top - 6);
+  const upto = Math.min(listed.length, from + fits + 12);
   const on = chosenRows();
   current = Math.min(current, Math.max(0, listed.length - 1));
   const focused = body.contains(document.activeElement) && document.activeElement.dataset.i;
