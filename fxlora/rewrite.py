@@ -9,6 +9,7 @@ was given.
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
@@ -132,6 +133,7 @@ def assemble(
         follow(root, live)
     for name in active:
         _replace_weights(root, adapters[name], quirks)
+    _part(root, [s.name for p in plans.values() for s in p.saved])
     for held in adapters.values():
         for path, part in held.parts.items():
             hang(root, path, part)
@@ -144,6 +146,20 @@ def assemble(
         info(base), base=base, adapters=plans, active=tuple(active), residuals=residuals
     )
     return graph_module(root, graph, facts)
+
+
+def _part(root: nn.Module, names: list[str]) -> None:
+    """Gives a module of several names one of its own at each that is trained as a whole.
+
+    PEFT wraps the child of one parent there; the module under its other names stays as it is.
+    """
+    seen = Counter(id(m) for _, m in root.named_modules(remove_duplicate=False)) if names else {}
+    for name in names:
+        owner, _, last = name.rpartition(".")
+        held = root.get_submodule(owner)._modules
+        module = held[last]
+        if module is not None and seen[id(module)] > 1:
+            held[last] = shell(module)
 
 
 # ---- base weights ------------------------------------------------------------------------------

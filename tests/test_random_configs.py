@@ -134,6 +134,23 @@ def test_a_head_that_a_task_type_adds_is_told_as_such() -> None:
     assert "'qa_outputs' (task_type='QUESTION_ANS' adds it) hits 'qa_outputs'" in text(case)
 
 
+@pytest.mark.parametrize("saved", [["one"], ["two"], ["one", "two"], ["two", "shared"]])
+def test_a_module_of_two_names_is_trained_as_a_whole_under_the_one_that_is_named(
+    saved: list[str],
+) -> None:
+    chosen = {"r": 2, "target_modules": ["conv"], "modules_to_save": saved}
+    case = attempt(Wide(("plain_conv", "twice"), ""), chosen)
+    assert not differences(case)
+    x = torch.randn(2, 3, WIDTH)
+    for side in (case.ours, case.theirs):
+        names = [n for n, _ in side.named_parameters() if "modules_to_save" in n]
+        assert len(names) == 2 * len(saved)
+        with torch.no_grad():
+            for i, n in enumerate(sorted(names)):
+                side.get_parameter(n).add_(i + 1)
+    assert torch.equal(case.ours(x), case.theirs(x))
+
+
 def outcome(case: Case) -> str:
     return "both take it" if case.their_error is None else "both refuse"
 
