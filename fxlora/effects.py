@@ -29,6 +29,7 @@ from fxlora.html import Printed
 from fxlora.plan import PlannedSite
 from fxlora.text import count
 
+_FROZEN = "the adapter is frozen: its parameters do not require grad"
 _HUNG = ("lora_", "modules_to_save", "token_adapter", "base_layer")
 VERDICTS = ("live", "partial", "bypassed", "inert", "cut", "dead")
 
@@ -43,11 +44,11 @@ class Effect:
         verdict: "live" (its gradient arrives), "partial" (live, and some calls of the weight are
             not adapted), "bypassed" (every use of the weight goes past the module), "inert" (never
             called), "cut" (every path to an output passes something that stops the gradient, or
-            makes zeros of it) or "dead" (no path leads to an output).
+            makes zeros of it; or the adapter itself is frozen) or "dead" (no path leads to an output).
         calls: how many calls of the weight are adapted; more than one is a shared site.
         bypassing: the nodes that read the weight past the adapter.
         witness: for a live site the nodes from the adapter to the output; for a cut one from the
-            adapter to what cuts it. Each follows from the one before it: it reads its result, or
+            adapter to what cuts it, which may be itself. Each follows from the one before it: it reads its result, or
             what it wrote into.
         reason: one sentence.
     """
@@ -64,6 +65,11 @@ class Effect:
     def live(self) -> bool:
         """Whether a backward pass gives the adapter a gradient that is not zero by construction."""
         return self.verdict in ("live", "partial")
+
+    @property
+    def frozen(self) -> bool:
+        """Whether it is cut because no parameter of the adapter requires grad."""
+        return self.reason == _FROZEN
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the effect as plain data."""
@@ -184,7 +190,8 @@ class _Walk:
             return "inert", (), "the layer is never called on the traced path"
         if not own:
             return "bypassed", (), f"its weight is read past the module, by {', '.join(past[:3])}"
-        arrived = next((n for n in own if n in self._moved), None)
+        # A gradient also passes through a frozen adapter, on its way to those before it.
+        arrived = next((n for n in own if n in self._moved and self._trains(n)), None)
         if arrived is not None:
             shared = f"; shared by {adapted} calls" if adapted > 1 else ""
             path = self._path(arrived)
@@ -194,11 +201,17 @@ class _Walk:
                 )
                 return "partial", path, more + shared
             return "live", path, "its gradient arrives" + shared
-        start = next((n for n in own if n in self._leads), None)
-        if start is None:
+        leading = [n for n in own if n in self._leads]
+        if not leading:
             return "dead", (), "nothing that leads to an output uses what it computes"
+        start = next((n for n in leading if self._trains(n)), None)
+        if start is None:
+            return "cut", (leading[0].name,), _FROZEN
         cut = self._cut(start)
         return "cut", _names(cut), self._why(cut)
+
+    def _trains(self, node: Node) -> bool:
+        return any(p.requires_grad for p in _read(self._lora, node))
 
     def _path(self, start: Node) -> tuple[str, ...]:
         """Returns a shortest way from a node with a gradient to the output."""
@@ -238,8 +251,6 @@ class _Walk:
         at = path[-1]
         if not self._on[at]:
             return f"{at.name} runs under torch.no_grad()"
-        if not any(p.requires_grad for p in _read(self._lora, at)) and at.meta.get("adapter"):
-            return "the adapter is frozen: its parameters do not require grad"
         what = target_name(at) or str(at.target)
         if self._flags[at] and len(path) > 1 and path[-2] in self._autograd[at]:
             return f"the derivative of {what!r} is zero everywhere ({at.name})"

@@ -75,9 +75,13 @@ def test_the_static_verdict_is_autograd_s_on_real_models(name: str) -> None:
 TARGETS = (None, "all-linear", ["mha"], ["out_proj", "linear1"], ["lin", "one", "two"])
 
 
+# A network, a configuration, and which of the adapted sites, by position, are frozen afterwards.
+Case = tuple[Network, LoraConfig, tuple[int, ...]]
+
+
 @st.composite
-def walled_cases(draw: Any) -> tuple[Network, LoraConfig]:
-    """Draws a network with walls in it, or any other, and a configuration."""
+def walled_cases(draw: Any) -> Case:
+    """Draws a network with walls in it, or any other, a configuration, and what is frozen."""
     spec, config = (
         draw(st.one_of(walled_networks(), walled_networks(), networks())),
         draw(configs()),
@@ -85,7 +89,7 @@ def walled_cases(draw: Any) -> tuple[Network, LoraConfig]:
     targets = draw(st.sampled_from(TARGETS))
     if targets is not None:
         config.target_modules = set(targets) if isinstance(targets, list) else targets
-    return spec, config
+    return spec, config, draw(st.sampled_from(((), (), (0,), (1,), (0, 2))))
 
 
 def rewritten(spec: Network, config: LoraConfig) -> GraphModule:
@@ -97,13 +101,27 @@ def rewritten(spec: Network, config: LoraConfig) -> GraphModule:
         return fxlora.rewrite(traced, LoraConfig(r=2, target_modules="all-linear"))
 
 
-def agree(case: tuple[Network, LoraConfig]) -> None:
+def freeze(lora: GraphModule, frozen: tuple[int, ...]) -> None:
+    """Freezes the adapters of some sites."""
+    for at, planned in enumerate(info(lora).plan.adapted):
+        if at in frozen:
+            for _, p in adapter_parameters(lora, planned.name):
+                p.requires_grad_(False)
+
+
+def adapter_parameters(lora: GraphModule, site: str) -> list[tuple[str, nn.Parameter]]:
+    prefix = f"{info(lora).plan[site].prefix}.lora_"
+    return [(n, p) for n, p in lora.named_parameters() if n.startswith(prefix)]
+
+
+def agree(case: Case) -> None:
     """A parameter is reached exactly when autograd gives it a gradient, live when it is not zeros."""
-    spec, config = case
+    spec, config, frozen = case
     try:
         lora = filled(rewritten(spec, config))
     except ConfigError:
         hypothesis.reject()
+    freeze(lora, frozen)
     lora.train(spec.training)
     args, kwargs = spec.inputs(3)
     if guarded(lora, (args, kwargs)) is None:
@@ -136,8 +154,7 @@ def redraw(lora: GraphModule, seed: int) -> None:
 
 def moves(lora: GraphModule, e: Effect) -> bool:
     """Whether the last backward pass gave an adapter a gradient other than zeros."""
-    prefix = f"{info(lora).plan[e.site].prefix}.lora_"
-    mine = [p.grad for n, p in lora.named_parameters() if n.startswith(prefix)]
+    mine = [p.grad for _, p in adapter_parameters(lora, e.site)]
     return any(g is not None and bool(g.abs().sum() > 0) for g in mine)
 
 
@@ -154,18 +171,21 @@ def witnessed(lora: GraphModule, e: Effect) -> None:
         written = bool(before.meta.get("mutates")) and before < after
         assert before in after.all_input_nodes or written, (before, after)
     assert (path[-1].op == "output") == e.live
-    assert e.live or path[-1].name in e.reason
+    if e.verdict == "cut" and not any(p.requires_grad for _, p in adapter_parameters(lora, e.site)):
+        assert e.reason.startswith("the adapter is frozen")
+    else:
+        assert e.live or path[-1].name in e.reason
 
 
 @pytest.mark.parametrize("part", ALONE, ids=repr)
 def test_the_static_verdict_is_autograd_s_on_every_wall_alone(part: Part) -> None:
-    agree((Network((part,)), LoraConfig(r=2, target_modules="all-linear")))
+    agree((Network((part,)), LoraConfig(r=2, target_modules="all-linear"), ()))
 
 
 @law(120)
 @given(walled_cases())
 def test_the_static_verdict_is_autograd_s_on_random_networks(
-    case: tuple[Network, LoraConfig],
+    case: Case,
 ) -> None:
     agree(case)
 
@@ -174,7 +194,7 @@ def test_the_static_verdict_is_autograd_s_on_random_networks(
 @law(10_000)
 @given(walled_cases())
 def test_the_static_verdict_is_autograd_s_on_thousands_of_random_networks(
-    case: tuple[Network, LoraConfig],
+    case: Case,
 ) -> None:
     agree(case)
 

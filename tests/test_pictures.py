@@ -422,6 +422,19 @@ def test_adapters_that_learn_nothing_are_drawn_idle_and_counted() -> None:
     assert "4 of 6 adapters learn nothing" in repr(drawing)
 
 
+def test_a_frozen_adapter_is_said_to_be_frozen_where_a_gradient_passes_through_it_too() -> None:
+    lora = fxlora.rewrite(
+        fxlora.trace(Scaled(), (torch.randn(2, 4),)), LoraConfig(target_modules=["a", "b"])
+    )
+    for name, p in lora.named_parameters():
+        if name.startswith("b.lora_"):
+            p.requires_grad_(False)
+    drawing = fxlora_viz.draw(lora)
+    assert sites(drawing) == {"a": ("live", ""), "b": ("cut", "frozen: does not train")}
+    assert {s for s, t in titles(drawing, "idle") if t in "AB"} == {"b"}
+    assert "gradient" not in str([d["label"] for _, _, d in drawing.graph.edges(data=True)])
+
+
 def test_the_adapter_that_is_bypassed_feeds_nothing_and_stands_beside_its_weight() -> None:
     graph = ENTRIES["encoder"].drawing().graph
     ghosts = {d["title"]: n for n, d in graph.nodes(data=True) if d["verdict"] == "bypassed"}

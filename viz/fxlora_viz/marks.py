@@ -39,7 +39,7 @@ class Marks:
         self.effects: dict[tuple[str, str], Effect] = {}
         if self._info.active:
             self.effects = {(e.site, e.adapter): e for e in effects(graph_module)}
-        cut = [e for e in self.effects.values() if e.verdict == "cut" and e.witness]
+        cut = [e for e in self.effects.values() if e.verdict == "cut" and not e.frozen]
         self.cuts = frozenset(e.witness[-1] for e in cut)
 
     def on(self, panel: Panel) -> Panel:
@@ -111,6 +111,8 @@ def _said(effect: Effect) -> str:
         return first if effect.calls < 2 else f"{first}, shared"
     if effect.verdict == "live":
         return shared
+    if effect.frozen:
+        return "frozen: does not train"
     return {
         "bypassed": "bypassed: the weight is read past it",
         "inert": "never called",
