@@ -392,7 +392,7 @@ def _all_sites(traced: GraphModule, config: Any) -> list[Site]:
                 "an adapter needs 2 or 3"
             )
         owner = owners.get(name.rpartition(".")[0])
-        _check_owner(name, owner, config)
+        _check_owner(name, owner, owners, config)
         shape = tuple(p.shape)
         calls = owner.calls if owner is not None else ()
         found.append(Site(name, "Parameter", "Parameter", shape[1], shape[0], shape, False, calls))
@@ -409,11 +409,15 @@ def _own_parameters(root: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             yield (f"{name}.{last}" if name else last), p
 
 
-def _check_owner(name: str, owner: Site | None, config: Any) -> None:
+def _check_owner(name: str, owner: Site | None, owners: dict[str, Site], config: Any) -> None:
     """Refuses a parameter of a layer that is adapted itself, or that is no plain linear layer."""
     if owner is None:
         return
     if matching.match(config, owner.name).taken:
+        above, _, last = owner.name.rpartition(".")
+        attention = above in owners and owners[above].kind == "MultiheadAttention"
+        if attention and last == "out_proj" and matching.match(config, above).taken:
+            raise _both_targeted(above, owner.name)
         raise ConfigError(
             f"target_parameters selects {name!r} and target_modules its layer {owner.name!r}; "
             "name it once"
@@ -547,6 +551,13 @@ def _pattern(pattern: dict[str, Any], site: Site, default: Any) -> tuple[Any, st
     return default, None
 
 
+def _both_targeted(attention: str, projection: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"{attention!r} and its {projection!r} are both targeted by target_modules; the adapter "
+        f"covers both projections. Leave one out with exclude_modules=[{projection!r}]"
+    )
+
+
 def _with_projections(planned: list[PlannedSite]) -> list[PlannedSite]:
     """Adapts the out_proj of every adapted nn.MultiheadAttention with it, as PEFT does.
 
@@ -562,10 +573,7 @@ def _with_projections(planned: list[PlannedSite]) -> list[PlannedSite]:
             out.append(p)
             continue
         if p.adapted:
-            raise UnsupportedError(
-                f"{outer.name!r} and its {p.name!r} are both targeted by target_modules; the adapter "
-                f"covers both projections. Leave one out with exclude_modules=[{p.name!r}]"
-            )
+            raise _both_targeted(outer.name, p.name)
         assert outer.adapter is not None
         (r, _), _ = outer.adapter_shapes
         shape = AdapterShape(

@@ -151,6 +151,14 @@ def test_a_module_of_two_names_is_trained_as_a_whole_under_the_one_that_is_named
     assert torch.equal(case.ours(x), case.theirs(x))
 
 
+def test_attention_and_its_projection_come_before_a_parameter_of_the_projection() -> None:
+    chosen = {"r": 1, "target_modules": ["mha", "out_proj"]}
+    case = attempt(Wide(("heads",), ""), {**chosen, "target_parameters": ["mha.out_proj.weight"]})
+    assert excused(case, differences(case)) == "attention_and_its_projection"
+    with pytest.raises(AttributeError, match="has no deleter"):
+        case.theirs(torch.randn(2, 3, WIDTH))
+
+
 def outcome(case: Case) -> str:
     return "both take it" if case.their_error is None else "both refuse"
 
