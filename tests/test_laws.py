@@ -422,11 +422,12 @@ def test_every_inserted_node_says_its_role_and_its_site(spec: Network, config: L
     _, traced, plan = planned(spec, config)
     lora = fxlora.rewrite(traced, plan)
     old = {n.name: n for n in traced.graph.nodes}
+    new = {n.name: n for n in lora.graph.nodes}
     sites = {s.name for s in plan.adapted}
     for node in lora.graph.nodes:
         if node.name in old:
             kept = {k: v for k, v in node.meta.items() if k not in ("role", "site", "adapter")}
-            assert _named(kept) == _named(old[node.name].meta)
+            assert _named(kept, new) == _named(old[node.name].meta, new)
             assert node.meta.get("role", "base") == "base"
         else:
             assert node.meta["site"] in sites
@@ -437,8 +438,14 @@ def test_every_inserted_node_says_its_role_and_its_site(spec: Network, config: L
             assert "dtype" in node.meta
 
 
-def _named(meta: dict[str, Any]) -> dict[str, Any]:
-    return {k: tuple(map(str, v)) if k == "mutates" else v for k, v in meta.items()}
+def _named(meta: dict[str, Any], new: dict[str, Node]) -> dict[str, Any]:
+    """Names what a node writes into: by its site, whose result another node gives once it is adapted."""
+
+    def name(written: Node) -> str:
+        assert written.name in new
+        return new[written.name].meta.get("site", written.name)
+
+    return {k: tuple(map(name, v)) if k == "mutates" else v for k, v in meta.items()}
 
 
 # ---- equal to peft ---------------------------------------------------------------------------------------
