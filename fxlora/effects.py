@@ -17,7 +17,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from fxlora.errors import AdapterError
-from fxlora.facts import info
+from fxlora.facts import check_plain, info
 from fxlora.gradients import (
     enabled,
     gradient_sources,
@@ -106,6 +106,7 @@ def effects(lora: GraphModule) -> Effects:
 
     Raises:
         AdapterError: when no adapter is active.
+        UnsupportedError: for a graph that was optimized.
 
     >>> import torch, fxlora
     >>> from peft import LoraConfig
@@ -115,6 +116,7 @@ def effects(lora: GraphModule) -> Effects:
     [('0', 'live')]
     """
     facts = info(lora)
+    check_plain(lora, "effects")
     if not facts.active:
         raise AdapterError("no adapter is active, so none has an effect")
     walk = _Walk(lora)

@@ -22,7 +22,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fxlora.errors import UnsupportedError
+
 KEY = "fxlora"  # graph_module.meta[KEY] is a TraceInfo
+OPTIMIZED = "fxlora_optimize"  # graph_module.meta[OPTIMIZED]: what made it another graph to run
 
 
 class Frame(NamedTuple):
@@ -115,6 +118,23 @@ def info(graph_module: torch.fx.GraphModule) -> TraceInfo:
             "call fxlora.trace(model, args, kwargs) first and pass its result"
         )
     return found
+
+
+def check_plain(graph_module: torch.fx.GraphModule, doing: str) -> None:
+    """Refuses a graph that `fxlora.optimize` made, whose nodes are no longer peft's steps.
+
+    Args:
+        graph_module: what was given.
+        doing: what reads the plain graph, as the beginning of a sentence.
+
+    Raises:
+        UnsupportedError: when the graph was optimized.
+    """
+    if OPTIMIZED in getattr(graph_module, "meta", {}):
+        raise UnsupportedError(
+            f"{doing} reads the plain graph, and this one is optimized, for running: give it what "
+            "fxlora.rewrite returned, before fxlora.optimize"
+        )
 
 
 def path_of(node: torch.fx.Node) -> str:

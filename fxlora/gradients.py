@@ -267,7 +267,7 @@ def _followed(
     """Returns every node's sources, those that write into what it reads included."""
     sources: dict[Node, list[Node]] = {}
     writes: dict[Node, list[tuple[Node, Node]]] = {}
-    memory = cache(_memory)
+    memory = cache(memory_root)
     for node in graph_module.graph.nodes:
         found = direct(node, target_name(node))
         if writes:
@@ -327,7 +327,8 @@ def _whole(node: Node) -> Node:
     return node
 
 
-def _memory(node: Node) -> Node:
+def memory_root(node: Node) -> Node:
+    """Returns the node that made the memory a node's tensor lies in: itself, or what it is a view of."""
     while (before := _same(node) or _viewed(node)) is not None:
         node = before
     return node

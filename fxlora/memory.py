@@ -17,7 +17,7 @@ from torch import nn
 from torch.fx import GraphModule, Interpreter, Node
 
 from fxlora.errors import ConfigError, TraceError, did_you_mean
-from fxlora.facts import info
+from fxlora.facts import check_plain, info
 from fxlora.html import Printed
 from fxlora.text import table
 from fxlora.trace.bulk import copy_graph
@@ -122,6 +122,7 @@ def memory(
     Raises:
         ConfigError: for another optimizer, and for an input that is missing.
         TraceError: when the graph does not run on fake tensors.
+        UnsupportedError: for a graph that was optimized with checkpoint=True.
 
     >>> import torch, fxlora
     >>> from peft import LoraConfig
@@ -135,6 +136,8 @@ def memory(
         raise ConfigError(
             f"optimizer={optimizer!r} is none of {list(OPTIMIZERS)}.{did_you_mean(optimizer, OPTIMIZERS)}"
         )
+    if any(getattr(n.target, "__name__", "") == "checkpointed" for n in graph.graph.nodes):
+        check_plain(graph, "memory")
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.enable_grad():

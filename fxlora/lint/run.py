@@ -8,7 +8,7 @@ from typing import Any
 from torch.fx import GraphModule
 
 from fxlora.errors import ConfigError, NoMatchError
-from fxlora.facts import info
+from fxlora.facts import check_plain, info
 from fxlora.lint.catalog import RULES, UNUSED, rule
 from fxlora.lint.context import Context
 from fxlora.lint.finding import Finding, Hit, Place, Report, Rule, Severity, open_name
@@ -35,6 +35,7 @@ def lint(traced: GraphModule, config: Any = None, settings: Settings | None = No
 
     Raises:
         ConfigError: when the configuration cannot be planned, or there is none.
+        UnsupportedError: for a graph that was optimized.
 
     >>> import torch, fxlora
     >>> from peft import LoraConfig
@@ -43,6 +44,7 @@ def lint(traced: GraphModule, config: Any = None, settings: Settings | None = No
     >>> [f.rule for f in report]
     ['FXL401']
     """
+    check_plain(traced, "lint")
     settings = settings or Settings()
     severities = settings.severities()
     active = tuple(r for r in RULES if r.id in severities and _has_its_option(r, settings))

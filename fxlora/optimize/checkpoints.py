@@ -22,6 +22,7 @@ from fxlora.gradients import requires_grad
 from fxlora.optimize.edit import read
 from fxlora.optimize.report import Refusal, Step
 from fxlora.optimize.segments import Segment, layer_of, segments
+from fxlora.trace.regions import closed_regions
 
 
 def checkpointed(layer: Any, *inputs: Any) -> Any:
@@ -64,7 +65,7 @@ def checkpoints(lora: GraphModule, types: Mapping[str, type]) -> Callable[[Graph
             if (segment.path, segment.call) not in wanted:
                 left.append(Refusal(segment.path, "no gradient reaches it: nothing is saved there"))
                 continue
-            why = segment.why_whole()
+            why = segment.why_whole(root)
             if why:
                 left.append(Refusal(segment.path, why))
                 continue
@@ -97,6 +98,7 @@ def _fold(graph: Graph, root: nn.Module, segment: Segment, name: str) -> None:
         made.meta = dict(node.meta)
         new[node] = made
     inner.output(tuple(new[n] for n in outputs) if len(outputs) != 1 else new[outputs[0]])
+    inner._codegen._body_transformer = closed_regions
     root.add_module(name, GraphModule(nn.Module(), inner, class_name="Layer"))
     last = body[-1]
     with graph.inserting_after(last):

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 from torch.fx import Graph, Node
 
+from fxlora.gradients import memory_root
 from fxlora.nodes import attribute
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -57,6 +58,25 @@ def read(graph: Graph, before: Node, root: nn.Module, path: str) -> Node:
     if not isinstance(value, nn.Module) and value is not None:
         node.meta["shape"], node.meta["dtype"] = tuple(value.shape), value.dtype
     return node
+
+
+class Writes:
+    """Which calls of a graph write into which memory, in place or through a view.
+
+    Args:
+        graph: read once; ask before changing it.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self._last: dict[Node, Node] = {}
+        for node in graph.nodes:
+            for changed in node.meta.get("mutates", ()):
+                self._last[memory_root(changed)] = node
+
+    def after(self, tensor: Node, reader: Node) -> bool:
+        """Whether something writes into a tensor's memory after a node has read it."""
+        last = self._last.get(memory_root(tensor)) if self._last else None
+        return last is not None and reader < last
 
 
 def prune(graph: Graph, node: Any) -> None:

@@ -96,9 +96,14 @@ class _Group(torch.autograd.Function):
                 total = add_product(y, h, b, one.scaling)
             else:
                 total = torch.add(y, linear(h, b), alpha=one.scaling)
-            out.append(total if total.dtype == y.dtype else total.to(y.dtype))
+            total = total if total.dtype == y.dtype else total.to(y.dtype)
+            # Autograd lets nobody write into a view that a function of several results returns.
+            out.append(
+                torch.ops.aten._unsafe_view(total, total.shape) if total._is_view() else total
+            )
             ctx.compute = h.dtype
         ctx.plan = plan
+        ctx.set_materialize_grads(False)  # what no loss reads has no gradient, as in peft
         ctx.save_for_backward(x, *(t for i in range(len(plan)) for t in _three(flat, i)), *masks)
         return tuple(out)
 
@@ -116,6 +121,8 @@ class _Group(torch.autograd.Function):
             for i in reversed(range(count)):
                 one, (weight, a, b) = ctx.plan[i], rest[3 * i : 3 * i + 3]
                 mask = masks.pop() if one.p else None
+                if grads[i] is None:
+                    continue
                 site = _SiteGrad(wide, grads[i], weight, a, b, one, mask, ctx.compute)
                 found[4 * i + 2], found[4 * i + 3] = site.adapters(
                     ctx.needs_input_grad[2 + 4 * i :]

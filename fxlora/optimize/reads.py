@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from fxlora.trace.guards import InputGuards
+from fxlora.trace.regions import closed_regions
 
 _LINE = re.compile(r"^(\w+(?: : [^=]+)? = )(self\b|getattr\(+)")
 _HOP = re.compile(r"\.([A-Za-z_]\w*)")
@@ -43,12 +44,12 @@ class Reads:
                     self._kinds[prefix + name] = kind
 
     def __call__(self, body: list[str]) -> list[str]:
-        """Returns the body of a function with quick readings."""
+        """Returns the body of a function with quick readings, and with regions that are closed."""
         known: dict[str, str] = {"": "self"}
         out: list[str] = []
         for line in "".join(body).splitlines(keepends=True):
             out += self._line(line, known)
-        return out
+        return closed_regions(out)
 
     def _line(self, line: str, known: dict[str, str]) -> list[str]:
         found = _LINE.match(line)

@@ -7,9 +7,10 @@ from typing import Any
 
 from torch.fx import GraphModule, Node
 
+from fxlora.facts import OPTIMIZED as KEY
 from fxlora.text import table
 
-KEY = "fxlora_optimize"  # graph_module.meta[KEY] is a Report
+# graph_module.meta[KEY] is a Report
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from dataclasses import replace
 from torch import nn
 from torch.fx import Graph, GraphModule
 
-from fxlora.errors import ConfigError, did_you_mean
+from fxlora.errors import ConfigError, UnsupportedError, did_you_mean
 from fxlora.facts import info
 from fxlora.optimize.casts import casts
-from fxlora.optimize.checkpoints import checkpoints
+from fxlora.optimize.checkpoints import checkpointed, checkpoints
 from fxlora.optimize.dropouts import dropouts
 from fxlora.optimize.flatten import flatten
 from fxlora.optimize.groups import groups, swiglus
@@ -51,6 +51,7 @@ def optimize(lora: GraphModule, *, mode: str = "exact", checkpoint: bool = False
 
     Raises:
         ConfigError: for another mode.
+        UnsupportedError: for a graph that was made with checkpoint=True.
 
     >>> import torch, fxlora
     >>> from peft import LoraConfig
@@ -62,6 +63,11 @@ def optimize(lora: GraphModule, *, mode: str = "exact", checkpoint: bool = False
     """
     if mode not in MODES:
         raise ConfigError(f"mode={mode!r} is none of {list(MODES)}.{did_you_mean(mode, MODES)}")
+    if any(n.target is checkpointed for n in lora.graph.nodes):
+        raise UnsupportedError(
+            "layers of this graph are checkpointed already, each one call now: optimize what "
+            "fxlora.rewrite returned, with checkpoint=True"
+        )
     root = shell(lora)
     graph, _ = copy_graph(lora.graph)
     passes = list(MODES[mode])

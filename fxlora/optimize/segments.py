@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 from torch.fx import Graph, Node
 
-from fxlora.gradients import target_name
+from fxlora.gradients import memory_root, target_name
 
 _OPENS = {"enter_grad_mode": 1, "enter_autocast": 1, "leave_grad_mode": -1, "leave_autocast": -1}
 
@@ -38,8 +38,12 @@ class Segment:
         inside = set(self.nodes)
         return [n for n in self.nodes if any(u not in inside for u in n.users)]
 
-    def why_whole(self) -> str:
-        """Says why the layer cannot be run as one function; "" when it can."""
+    def why_whole(self, root: nn.Module) -> str:
+        """Says why the layer cannot be run as one function, twice; "" when it can.
+
+        Args:
+            root: what the graph's paths lead into; read.
+        """
         inside, open_ = set(self.nodes), 0
         at = self.nodes[0]
         while at is not self.nodes[-1]:
@@ -47,10 +51,18 @@ class Segment:
                 return f"{at.name} of another module runs between its nodes"
             at = at.next
         for node in self.nodes:
-            if any(n not in inside for n in node.meta.get("mutates", ())):
+            written = [memory_root(n) for n in node.meta.get("mutates", ())]
+            if any(n not in inside or n.op == "get_attr" for n in written):
                 return f"{node.name} writes into a tensor from outside"
+            if node.op == "call_module" and _has_state(root.get_submodule(str(node.target))):
+                return f"{node.target} holds buffers, which a second run would update twice"
             open_ += _OPENS.get(target_name(node), 0)
         return "" if not open_ else "a no_grad or autocast region begins in it and ends elsewhere"
+
+
+def _has_state(module: nn.Module) -> bool:
+    # Running statistics, the vectors of a spectral norm: leaves of torch's hold no others.
+    return next(module.buffers(), None) is not None
 
 
 def segments(graph: Graph, types: Mapping[str, type]) -> list[Segment]:

@@ -15,7 +15,7 @@ from torch import nn
 from torch.fx import Graph, Node
 
 from fxlora.optimize import functions
-from fxlora.optimize.edit import weight_at
+from fxlora.optimize.edit import Writes, weight_at
 from fxlora.optimize.report import Refusal, Step, site_of
 from fxlora.runtime import cast_like
 
@@ -26,6 +26,7 @@ def shared_casts(graph: Graph, root: nn.Module) -> Step:
     """Lets every further cast of a tensor to a dtype take the first one's result."""
     first: dict[tuple[Node, object], Node] = {}
     changed, left = 0, []
+    writes = Writes(graph)
     for node in graph.nodes:
         if node.target not in _CASTS:
             continue
@@ -33,10 +34,10 @@ def shared_casts(graph: Graph, root: nn.Module) -> Step:
         weight = weight_at(root, like)
         if weight is None or not isinstance(x, Node):
             continue
-        if any(x in n.meta.get("mutates", ()) for n in x.users):
+        earlier = first.setdefault((x, weight.dtype), node)
+        if writes.after(x, earlier):
             left.append(Refusal(site_of(node), "what it casts is written to in place"))
             continue
-        earlier = first.setdefault((x, weight.dtype), node)
         if earlier is node:
             continue
         if node.target is cast_like or earlier.target is cast_like:

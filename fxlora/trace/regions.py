@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -30,9 +31,71 @@ def enter_autocast(
     return region
 
 
+# What stands in generated code, where torch.compile follows a `with` and no `__enter__`.
+enter_autocast.region = torch.autocast  # type: ignore[attr-defined]
+
+
 def leave_autocast(region: torch.autocast) -> None:
     """Leaves an autocast region."""
     region.__exit__(None, None, None)
+
+
+_ENTERS = re.compile(r"^(\w+)(?: : [^=]+)? = \S*enter_(?:grad_mode|autocast)\(")
+_LEAVES = re.compile(r"^\w+(?: : [^=]+)? = \S*leave_(?:grad_mode|autocast)\((\w+)\)")
+_DEEPEST = 15  # Python nests no more than twenty blocks
+
+
+def closed_regions(body: list[str]) -> list[str]:
+    """Returns the body of a function whose regions are left by an exception, too.
+
+    The lines between the two nodes of a region go into a `with`, or a `try` whose `finally` leaves it:
+    an error inside must not leave the process without gradients, and non-reentrant checkpointing
+    ends every second run of a layer by an exception. What does not nest is left as it is.
+    """
+    lines = "".join(body).splitlines(keepends=True)
+    pairs = _pairs(lines)
+    starts = {end: start for start, end in pairs.items()}
+    out: list[str] = []
+    depth = 0
+    for i, line in enumerate(lines):
+        if i in starts:
+            depth -= 1
+            if not _is_autocast(lines[starts[i]]):
+                out += ["    " * depth + "finally:\n", "    " * (depth + 1) + line]
+            continue
+        pad = "    " * depth
+        if i not in pairs:
+            out.append(pad + line)
+            continue
+        depth += 1
+        if _is_autocast(line):
+            call = line.partition(" = ")[2].rstrip()
+            out.append(
+                f"{pad}with {call.replace('enter_autocast(', 'enter_autocast.region(', 1)}:\n"
+            )
+        else:
+            out += [pad + line, f"{pad}try:\n"]
+        out.append(f"{pad}    pass\n")  # a pass may have left nothing but comments inside
+    return out
+
+
+def _is_autocast(line: str) -> bool:
+    return "enter_autocast(" in line
+
+
+def _pairs(lines: list[str]) -> dict[int, int]:
+    """Returns the line that enters a region -> the line that leaves it; {} when they do not nest."""
+    pairs: dict[int, int] = {}
+    open_: list[tuple[str, int]] = []
+    for i, line in enumerate(lines):
+        if entered := _ENTERS.match(line):
+            open_.append((entered.group(1), i))
+        elif left := _LEAVES.match(line):
+            name, start = open_.pop() if open_ else ("", 0)
+            if name != left.group(1) or len(open_) > _DEEPEST:
+                return {}
+            pairs[start] = i
+    return {} if open_ else pairs
 
 
 class GradRegions:

@@ -15,6 +15,7 @@ from fxlora.facts import KEY, TraceInfo
 from fxlora.trace import concrete, examples, modes, repeats, symbolic
 from fxlora.trace.bulk import uncollected
 from fxlora.trace.lazy import LazyGraphModule
+from fxlora.trace.regions import closed_regions
 from fxlora.trace.shell import module_types, shell, tree
 
 
@@ -255,6 +256,7 @@ def graph_module(
     made._modules, made._parameters, made._buffers = root._modules, root._parameters, root._buffers
     made._non_persistent_buffers_set = root._non_persistent_buffers_set
     made.training = root.training
+    graph._codegen._body_transformer = closed_regions
     made.graph = graph
     made.meta[KEY] = facts
     return made

@@ -13,6 +13,7 @@ import graphviz
 import networkx as nx
 from torch.fx import GraphModule
 
+from fxlora.facts import check_plain
 from fxlora_viz import files, formats
 from fxlora_viz.brief import brief
 from fxlora_viz.condense import condense
@@ -212,6 +213,7 @@ def draw(
     Raises:
         TypeError: for a graph that is none, or an option that does not exist.
         TooLargeError: for a drawing nobody could read; says what to do.
+        UnsupportedError: for a graph that was optimized.
 
     >>> import torch, fxlora, fxlora_viz
     >>> traced = fxlora.trace(torch.nn.Sequential(torch.nn.Linear(10, 20), torch.nn.ReLU()))
@@ -226,6 +228,7 @@ def draw(
                 f"draw takes the graphs of fxlora.trace and fxlora.rewrite, not a "
                 f"{type(graph).__name__}: trace it first with fxlora.trace(model, args, kwargs)"
             )
+        check_plain(graph, "a drawing")
     marks = [Marks(g) for g in graphs]
     panels = [m.on(condense(g, chosen.depth, m.cuts)) for g, m in zip(graphs, marks, strict=True)]
     if chosen.focus:
