@@ -7,10 +7,8 @@ from typing import Any
 
 from torch.fx import GraphModule, Node
 
-from fxlora.facts import OPTIMIZED as KEY
+from fxlora.facts import OPTIMIZED
 from fxlora.text import table
-
-# graph_module.meta[KEY] is a Report
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ def report(fast: GraphModule) -> Report:
     Raises:
         TypeError: when the graph was not made by `fxlora.optimize`.
     """
-    found = getattr(fast, "meta", {}).get(KEY)
+    found = getattr(fast, "meta", {}).get(OPTIMIZED)
     if not isinstance(found, Report):
         raise TypeError(
             f"{type(fast).__name__} was not made by fxlora.optimize: call fxlora.optimize(lora) and "

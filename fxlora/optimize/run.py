@@ -9,7 +9,7 @@ from torch import nn
 from torch.fx import Graph, GraphModule
 
 from fxlora.errors import ConfigError, UnsupportedError, did_you_mean
-from fxlora.facts import info
+from fxlora.facts import OPTIMIZED, info
 from fxlora.optimize.casts import casts
 from fxlora.optimize.checkpoints import checkpointed, checkpoints
 from fxlora.optimize.dropouts import dropouts
@@ -18,7 +18,7 @@ from fxlora.optimize.groups import groups, swiglus
 from fxlora.optimize.orders import orders
 from fxlora.optimize.products import products
 from fxlora.optimize.reads import read_quickly
-from fxlora.optimize.report import KEY, Report, Step
+from fxlora.optimize.report import Report, Step
 from fxlora.optimize.scalings import scalings
 from fxlora.optimize.shared_casts import shared_casts
 from fxlora.trace.bulk import copy_graph
@@ -75,6 +75,6 @@ def optimize(lora: GraphModule, *, mode: str = "exact", checkpoint: bool = False
         passes.append(checkpoints(lora, info(lora).module_types))
     steps = tuple(step(graph, root) for step in passes)
     made = graph_module(root, graph, replace(info(lora)))
-    made.meta[KEY] = Report(mode, steps)
+    made.meta[OPTIMIZED] = Report(mode, steps)
     read_quickly(made)
     return made
