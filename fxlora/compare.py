@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -218,10 +220,11 @@ def compare(
         certificate = _certificate(as_peft, to_trace, args, kwargs)
         outputs: tuple[Deviation, ...] = ()
         gradients: tuple[Deviation, ...] = ()
+        dropped = False
         ran = _runnable(model) if run is None else run
         if ran:
             try:
-                outputs, gradients = _run_both(as_peft, theirs, args, kwargs)
+                outputs, gradients, dropped = _run_both(as_peft, theirs, args, kwargs)
             except PeftRunError as e:
                 differences.append(str(e))
             differences += _run_differences(outputs, gradients)
@@ -247,6 +250,7 @@ def compare(
             *info(traced).notes,
             *_unproved(certificate),
             *(_attention_notes(model, mode) if ran else ()),
+            *((_DROPPED_MASK,) if dropped else ()),
         ),
         divergences=known,
         not_run="" if outputs else _why_not_run(ran, run),
@@ -448,7 +452,8 @@ def _runnable(model: nn.Module) -> bool:
 
 def _run_both(
     ours: GraphModule, theirs: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Deviation, ...], tuple[Deviation, ...]]:
+) -> tuple[tuple[Deviation, ...], tuple[Deviation, ...], bool]:
+    """Runs both; returns outputs, gradients, and whether a mask of all ones was kept for PEFT."""
     mine = dict(ours.named_parameters())
     other = {peft_side.common_name(n): p for n, p in theirs.named_parameters()}
     drawn = trained_values(ours, info(ours).plan.adapter)
@@ -459,7 +464,7 @@ def _run_both(
         except RuntimeError as e:
             # Only where PEFT's own mistake is built in: shapes that do not add up (a dilation lost).
             raise PeftRunError(f"what PEFT computes cannot run: {e}") from e
-    with _kept_buffers(ours, theirs), _plain_attention():
+    with _kept_buffers(ours, theirs), _plain_attention(), _kept_masks() as masks:
         try:
             b, grads_b = _run(theirs, other, args, kwargs)
         except Exception as e:
@@ -471,7 +476,41 @@ def _run_both(
     outputs = [_deviation(f"output {i}", x, y) for i, (x, y) in enumerate(zip(a, b, strict=True))]
     names = [n for n in mine if n in grads_a or n in grads_b]
     gradients = [_deviation(n, grads_a.get(n), grads_b.get(n)) for n in names]
-    return tuple(outputs), tuple(gradients)
+    return tuple(outputs), tuple(gradients), bool(masks)
+
+
+_DROPPED_MASK = (
+    "transformers drops an attention mask of all ones; the graph uses it, and so did PEFT's model here. "
+    "Leave it out to compare what runs without one: it rounds otherwise, and where a model's mask says "
+    "more than what is padding (PaliGemma's image and prefix) it computes something else"
+)
+
+
+@contextlib.contextmanager
+def _kept_masks() -> Iterator[list[str]]:
+    """Lets transformers use a mask of all ones that was passed in, as the graph does.
+
+    Yields:
+        The functions that would have dropped one; filled while the model runs.
+    """
+    masking = sys.modules.get("transformers.masking_utils")
+    original = getattr(masking, "is_tracing", None)
+    would: list[str] = []
+    if original is None:
+        yield would
+        return
+
+    def is_tracing(tensor: Any = None) -> bool:
+        caller = sys._getframe(1)
+        given = (caller.f_locals.get(n) for n in ("padding_mask", "attention_mask"))
+        if not isinstance(tensor, torch.Tensor) or all(tensor is not g for g in given):
+            return bool(original(tensor))
+        if bool(tensor.all()):
+            would.append(caller.f_code.co_name)
+        return True
+
+    with mock.patch.object(masking, "is_tracing", is_tracing):
+        yield would
 
 
 @contextlib.contextmanager

@@ -199,3 +199,23 @@ def test_what_peft_draws_from_weights_is_not_compared_on_meta(settings: dict[str
     config = LoraConfig(r=2, target_modules=["0"], **settings)
     with pytest.raises(UnsupportedError, match=r"'0.weight' is on the meta device.*with weights"):
         fxlora.compare(model, config, (torch.empty(2, 8, device="meta"),))
+
+
+@pytest.mark.parametrize("rows", ["ones", "padded", "none"])
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_a_mask_of_all_ones_is_used_on_both_sides_and_said(name: str, rows: str) -> None:
+    entry = ZOO[name]
+    torch.manual_seed(0)
+    inputs = entry.inputs(2, 12)
+    mask = torch.ones(2, 12, dtype=torch.long)
+    if rows == "padded":
+        mask[1, 8:] = 0
+    inputs = {k: v for k, v in inputs.items() if k != "attention_mask"}
+    if rows != "none":
+        inputs["attention_mask"] = mask
+    inputs["input_ids"] = torch.randint(3, 60, (2, 12))
+    config = LoraConfig(r=2, target_modules=["q_proj", "query"], init_lora_weights=False)
+    found = fxlora.compare(entry.build().eval(), config, (), inputs)
+    assert found.equal, found.differences
+    assert [n for n in found.notes if "mask of all ones" in n] == list(found.notes)
+    assert bool(found.notes) == (rows == "ones")
