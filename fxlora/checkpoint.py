@@ -47,7 +47,7 @@ def save_adapter(
     """Writes an adapter as `PeftModel.save_pretrained` does; peft loads it.
 
     Two files: `adapter_model.safetensors` and `adapter_config.json`, each written whole or not at
-    all. An adapter by another name than "default" goes to a folder of its name, as in PEFT. The
+    all; both are there beside the old ones before either of these is replaced. An adapter by another name than "default" goes to a folder of its name, as in PEFT. The
     keys of rank_pattern and alpha_pattern keep their order, which PEFT's own file loses.
 
     An adapter that reaches further than PEFT can (`reach=` of `fxlora.plan`) is written in a form of
@@ -65,8 +65,9 @@ def save_adapter(
 
     Raises:
         AdapterError: when the graph has no such adapter.
-        CheckpointError: when the adapter has no values (it is on the meta device), and when a file
-            stands where the folder should.
+        CheckpointError: when the adapter has no values (it is on the meta device), when a value of
+            its configuration is none that JSON has, and when a file stands where the folder should
+            or a folder where a file should. Nothing was written then.
     """
     facts = info(lora)
     if adapter not in facts.adapters:
@@ -86,12 +87,11 @@ def save_adapter(
     settings = settings_of(plan, facts.model)
     if name == BEYOND:
         settings = {"format": _FORMAT, "reach": list(plan.reach), "config": settings}
+    contents = {WEIGHTS: _safetensors(tensors), name: _json(settings)}
     folder = Path(directory) if adapter == ADAPTER else Path(directory) / adapter
     _make(folder)
-    _write_tensors(folder / WEIGHTS, tensors)
-    _write(folder / name, json.dumps(settings, indent=2).encode())
     # A configuration of the other form, from an earlier save, would speak of other tensors.
-    (folder / (CONFIG if name == BEYOND else BEYOND)).unlink(missing_ok=True)
+    _replace(folder, contents, CONFIG if name == BEYOND else BEYOND)
     if name == BEYOND:
         warnings.warn(
             f"{folder}: written in fxlora's own form ({BEYOND}), which PEFT refuses to load, because "
@@ -133,21 +133,52 @@ def tensors_of(lora: GraphModule, adapter: str) -> dict[str, torch.Tensor]:
     }  # fmt: skip
 
 
-def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+def _safetensors(tensors: dict[str, torch.Tensor]) -> bytes:
     from safetensors.torch import save
 
     own = {k: t.clone() for k, t in tensors.items()}  # the format takes no shared memory
-    _write(path, save(own, metadata={"format": "pt"}))
+    return save(own, metadata={"format": "pt"})
 
 
-def _write(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+def _json(settings: dict[str, Any]) -> bytes:
+    """Returns the configuration's file.
+
+    Raises:
+        CheckpointError: names the field JSON has no form for; PEFT's own save fails there too.
+    """
+    for field, value in settings.get("config", settings).items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError) as e:
+            text = f", or str() of it: {str(value)!r}" if isinstance(value, os.PathLike) else ""
+            raise CheckpointError(
+                f"{field}={value!r} cannot be written to {CONFIG}: {e}; nothing was written. Set it "
+                f"to plain text, numbers, lists or dicts{text}"
+            ) from None
+    return json.dumps(settings, indent=2).encode()
+
+
+def _replace(folder: Path, contents: dict[str, bytes], outdated: str) -> None:
+    """Puts files in a folder in place of older ones, all of them or none, and removes another."""
+    for name in (*contents, outdated):
+        taken = folder / name
+        if taken.is_dir() and not taken.is_symlink():
+            raise CheckpointError(
+                f"{taken} is a folder, and an adapter has a file by that name; nothing was written. "
+                "Give another folder, or move that one away"
+            )
+    parts = {name: folder / f".{name}.{os.getpid()}.part" for name in contents}
     try:
-        part.write_bytes(content)
-        os.replace(part, path)
+        # What can fail for want of space or permission comes before anything is replaced: new
+        # weights beside an old configuration are an adapter that no longer loads.
+        for name, content in contents.items():
+            parts[name].write_bytes(content)
+        for name, part in parts.items():
+            os.replace(part, folder / name)
+        (folder / outdated).unlink(missing_ok=True)
     finally:
-        part.unlink(missing_ok=True)
+        for part in parts.values():
+            part.unlink(missing_ok=True)
 
 
 def settings_of(plan: Plan, model: nn.Module) -> dict[str, Any]:

@@ -76,6 +76,54 @@ def test_a_failing_write_leaves_the_old_files_whole(
     assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
 
 
+def test_a_failing_write_of_the_second_file_leaves_both_old_files(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {p.name: p.read_bytes() for p in saved.iterdir()}
+    write = Path.write_bytes
+
+    def fail(self: Path, content: bytes) -> int:
+        if "config" in self.name:
+            raise OSError("the disk is full")
+        return write(self, content)
+
+    monkeypatch.setattr(Path, "write_bytes", fail)
+    with pytest.raises(OSError, match="full"):
+        fxlora.save_adapter(adapted(r=2), saved)
+    monkeypatch.undo()
+    assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
+
+
+def test_a_configuration_json_has_no_form_for_is_refused_before_a_file_is_replaced(
+    saved: Path, tmp_path: Path
+) -> None:
+    before = {p.name: p.read_bytes() for p in saved.iterdir()}
+    new = adapted(r=2, base_model_name_or_path=Path("models", "x"))
+    message = r"^base_model_name_or_path=.*nothing was written.*or str\(\) of it: 'models/x'$"
+    with pytest.raises(CheckpointError, match=message):
+        fxlora.save_adapter(new, saved)
+    assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
+    fxlora.load_adapter(fxlora.trace(network()), saved)
+    with pytest.raises(CheckpointError, match="nothing was written"):
+        fxlora.save_adapter(new, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["adapter_config.json", "fxlora_config.json", "adapter_model.safetensors"]
+)
+def test_a_folder_in_a_file_s_place_is_named_before_a_file_is_replaced(
+    saved: Path, name: str
+) -> None:
+    (saved / name).unlink(missing_ok=True)
+    (saved / name).mkdir()
+    before = {p.name: p.read_bytes() for p in saved.iterdir() if p.is_file()}
+    with pytest.raises(CheckpointError, match=rf"{name} is a folder.*nothing was written. Give"):
+        fxlora.save_adapter(adapted(r=2), saved)
+    assert {p.name: p.read_bytes() for p in saved.iterdir() if p.is_file()} == before
+    assert (saved / name).is_dir()
+
+
 def test_the_same_adapter_gives_the_same_bytes(tmp_path: Path) -> None:
     for name in ("a", "b"):
         fxlora.save_adapter(adapted(target_modules={"0", "2"}), tmp_path / name)
