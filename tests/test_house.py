@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Data flows down this list; a file may import what stands above it.
 LAYERS = [
-    ["errors", "text"],
+    ["errors", "text", "writing"],
     ["html"],
     ["facts"],
     [

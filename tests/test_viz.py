@@ -18,12 +18,13 @@ import fxlora_viz
 import pytest
 import torch
 import zoo
-from fxlora_viz import engines, files, metrics, theme
+from fxlora_viz import engines, metrics, theme
 from peft import LoraConfig
 from torch import nn
 from torch.fx import GraphModule
 
 import fxlora
+from fxlora.writing import write_whole
 
 HERE = Path(__file__).parent
 SVG = "{http://www.w3.org/2000/svg}"
@@ -999,7 +1000,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(
 
     monkeypatch.setattr("os.replace", fail)
     with pytest.raises(OSError, match="disk full"):
-        files.write_whole(old, b"new")
+        write_whole(old, b"new")
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("x.dot", "old")]
 
 

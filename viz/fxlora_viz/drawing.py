@@ -14,6 +14,7 @@ import networkx as nx
 from torch.fx import GraphModule
 
 from fxlora.facts import check_plain
+from fxlora.writing import write_whole
 from fxlora_viz import files, formats
 from fxlora_viz.brief import brief
 from fxlora_viz.condense import condense
@@ -121,7 +122,7 @@ class Drawing:
         return inline_svg_text(self.graph, self.layout, self.options.theme)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Writes the drawing to a file, whole or not at all.
+        """Writes the drawing to a file, whole or not at all; see `fxlora.writing.write_whole`.
 
         Args:
             path: ends in .svg, .dot, .png, .pdf, .html, .graphml (networkx), .mmd (Mermaid) or
@@ -133,9 +134,10 @@ class Drawing:
         Raises:
             ValueError: for another suffix.
             EngineError: when no layout engine is installed; only .svg, .png and .pdf need one.
+            OSError: when the file cannot be written.
         """
         suffix = files.suffix_of(path)
-        return files.write_whole(path, self._content(suffix))
+        return write_whole(path, self._content(suffix))
 
     def _content(self, suffix: str) -> bytes:
         if suffix == ".dot":

@@ -1,4 +1,4 @@
-"""Writing a drawing to a file: whole or not at all, in the format its name asks for."""
+"""The formats a drawing is written in, as the name of its file asks for."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import importlib.util
 import os
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 
 from fxlora_viz.engines import EngineError
@@ -27,29 +26,6 @@ def suffix_of(path: str | os.PathLike[str]) -> str:
             f"cannot draw into {str(path)!r}: its suffix {suffix!r} is none of {', '.join(FORMATS)}"
         )
     return suffix
-
-
-def write_whole(path: str | os.PathLike[str], content: bytes) -> Path:
-    """Writes a file by way of a neighbour, so that no reader ever sees half of it."""
-    target = Path(path)
-    handle, name = tempfile.mkstemp(dir=target.parent or ".", prefix=f".{target.name[:40]}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(name, _mode(target))
-        os.replace(name, target)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    return target
-
-
-def _mode(target: Path) -> int:
-    if target.exists():
-        return target.stat().st_mode & 0o777
-    mask = os.umask(0)
-    os.umask(mask)
-    return 0o666 & ~mask
 
 
 def convert(svg: str, suffix: str) -> bytes:
