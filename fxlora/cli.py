@@ -34,8 +34,9 @@ examples
 exit codes
   0  done (compare: the two sides are equal; lint: nothing found; check: the adapter fits)
   1  compare: they differ; lint: a finding at or above --fail-on; check: it does not fit
-  2  the command line, the configuration or the model is wrong; the message says how
-  3  the model cannot be traced, or peft refused it
+  2  the command line, the configuration or the model is wrong, or the output cannot be
+     written; the message says how
+  3  the model cannot be traced, peft refused it, or nothing here can draw the picture
 """
 
 
@@ -61,14 +62,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _failed(error: FxloraError, arguments: argparse.Namespace) -> int:
-    from fxlora.errors import CheckpointError, ConfigError, ModelSpecError
+    from fxlora.errors import CheckpointError, ConfigError, ModelSpecError, UsageError
 
     if arguments.json or getattr(arguments, "format", None) == "json":
         print(json.dumps({"error": type(error).__name__, "message": str(error)}))
     print(f"fxlora: {error}", file=sys.stderr)
     return (
         run.EXIT_USAGE
-        if isinstance(error, (CheckpointError, ConfigError, ModelSpecError))
+        if isinstance(error, (CheckpointError, ConfigError, ModelSpecError, UsageError))
         else run.EXIT_ERROR
     )
 
@@ -94,6 +95,8 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )  # fmt: skip
         _add_config(command)
+        if name != "compare":  # with peft, which has no such reach
+            _add_reach(command)
         command.set_defaults(run=command_run)
         if name == "plan":
             _add_questions(command)
@@ -135,6 +138,7 @@ def _add_memory(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     _add_config(command)
+    _add_reach(command)
     add = command.add_argument
     add("--batch", type=int, metavar="N", help="sequences or images in a step (default: the example's)")  # fmt: skip
     add("--length", type=int, metavar="N", help="tokens in a sequence (default: the example's)")
@@ -208,12 +212,15 @@ def _add_config(command: argparse.ArgumentParser, optional: bool = False) -> Non
     add("--init", metavar="HOW", default=None, help="init_lora_weights, such as pissa or gaussian")
     add("--task-type", metavar="TYPE", help="peft's task type, such as CAUSAL_LM or SEQ_CLS")
     add("--config", metavar="FILE", help="a peft adapter_config.json instead of the flags above")
-    add(
+    add("--json", action="store_true", help="print JSON")
+
+
+def _add_reach(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
         "--reach",
         metavar="NAMES",
         help="adapt what peft cannot: uses, slices, calls; comma-separated",
     )
-    add("--json", action="store_true", help="print JSON")
 
 
 if __name__ == "__main__":

@@ -7,16 +7,35 @@ import json
 import sys
 from typing import Any
 
-from fxlora.cli_values import build, config_of, names, planned
-from fxlora.errors import FxloraError
+from fxlora.cli_values import SAID_BY_CONFIG, build, config_of, given, names, planned, refuse
+from fxlora.errors import FxloraError, UsageError
+
+_CONFIG = {**SAID_BY_CONFIG, "config": "--config"}
+# What says which layers a configuration is about.
+_NAMING = {"target_modules": "-t", "target_parameters": "--target-parameters", "config": "--config"}
+# What a lint run takes, and a page about its rules does not.
+_LINT = {
+    "model": "MODEL", "architecture": "--architecture", **_CONFIG, "json": "--json",
+    "select": "--select", "ignore": "--ignore", "severity": "--severity", "fail_on": "--fail-on",
+    "format": "--format", "output": "-o", "settings": "--settings",
+    "gradient_checkpointing": "--gradient-checkpointing",
+    "input_require_grads": "--input-require-grads", "dtype": "--dtype",
+    "trained_b": "--trained-b", "serve": "--serve", "max_lora_rank": "--max-lora-rank",
+}  # fmt: skip
 
 EXIT_OK, EXIT_DIFFERS, EXIT_USAGE, EXIT_ERROR = 0, 1, 2, 3
 
 
 def run_plan(a: argparse.Namespace) -> int:
     """Prints a plan, or the answer to a question about one."""
+    questions = {"explain": "--explain", "effects": "--effects", "cover": "--cover"}
     if a.choose is not None:
+        unused = {**_CONFIG, "reach": "--reach", **questions}
+        refuse(a, unused, "--choose", "it looks for the targets itself")
         return _choose(a)
+    if a.explain is not None:
+        del questions["explain"]
+        refuse(a, questions, "--explain", "it answers one question")
     further = a.explain is not None or a.effects or a.cover or a.json
     traced, plan = planned(a, whole=further)
     if a.explain is not None:
@@ -95,20 +114,25 @@ def run_draw(a: argparse.Namespace) -> int:
         raise FxloraError(f"drawing needs the fxlora_viz package: {e}") from e
     columns = a.columns.split(",")
     if columns not in (["before"], ["after"], ["before", "after"]):
-        raise FxloraError(f"--columns {a.columns!r} is none of before, after and before,after")
+        raise UsageError(f"--columns {a.columns!r} is none of before, after and before,after")
     try:
+        fxlora_viz.files.suffix_of(a.output)  # before a large model is traced
         options = fxlora_viz.Options(
             depth=a.depth, fold=not a.unfolded, focus=a.focus, detail=a.detail,
             direction=a.direction, theme=a.theme, engine=a.engine,
         )  # fmt: skip
     except ValueError as e:
-        raise FxloraError(str(e)) from e
+        raise UsageError(str(e)) from e
     traced, plan = planned(a)
     graphs = {"before": traced, "after": fxlora.rewrite(traced, plan)}
     first, second = graphs[columns[0]], graphs[columns[1]] if columns[1:] else None
     try:
         fxlora_viz.draw(first, second, options).save(a.output)
-    except (ValueError, OSError, RuntimeError) as e:
+    except ValueError as e:  # a module that is not there, a sheet nobody could read
+        raise UsageError(str(e)) from e
+    except OSError as e:
+        raise _unwritable(a.output, e) from None
+    except RuntimeError as e:  # no engine
         raise FxloraError(f"{a.output}: {e}") from e
     if a.json:
         print(json.dumps({"output": a.output, **plan.to_dict()}, indent=2))
@@ -144,9 +168,12 @@ def run_lint(a: argparse.Namespace) -> int:
     from fxlora.lint.run import lint
 
     if a.list_rules:
+        unused = {**_LINT, "explain_rule": "--explain-rule"}
+        refuse(a, unused, "--list-rules", "it lists the rules there are")
         print(listing())
         return EXIT_OK
     if a.explain_rule is not None:
+        refuse(a, _LINT, "--explain-rule", "it prints the page of a rule")
         print(page(rule(a.explain_rule)))
         return EXIT_OK
     if a.model is None:
@@ -163,7 +190,7 @@ def run_lint(a: argparse.Namespace) -> int:
     if a.output is None:
         print(text)
     else:
-        _write_whole(a.output, f"{text}\n")
+        _write(a.output, f"{text}\n")
         print(f"{a.output}: {str(report).splitlines()[-1]}", file=sys.stderr)
     return EXIT_DIFFERS if report.fails(settings.threshold) else EXIT_OK
 
@@ -189,7 +216,8 @@ def _lint_settings(a: argparse.Namespace) -> Any:
         if not equals:
             raise ConfigError(f"--severity {pair!r}: write RULE=LEVEL, such as FXL201=warning")
         severity[name] = level
-    select, ignore = names(a.select), names(a.ignore)
+    # An empty --ignore takes back what the file of settings says.
+    select, ignore = names(a.select, "--select"), names(a.ignore)
     changes = {
         "select": None if select is None else tuple(select),
         "ignore": None if ignore is None else tuple(ignore),
@@ -201,20 +229,25 @@ def _lint_settings(a: argparse.Namespace) -> Any:
     return overridden(found or Settings(), changes, options)
 
 
-def _write_whole(path: str, text: str) -> None:
+def _write(path: str, text: str) -> None:
     """Writes a file whole or not at all."""
-    import os
+    from fxlora.writing import write_whole
+
+    try:
+        write_whole(path, text.encode())
+    except OSError as e:
+        raise _unwritable(path, e) from None
+
+
+def _unwritable(path: str, error: OSError) -> UsageError:
     from pathlib import Path
 
-    target = Path(path)
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    folder = Path(path).parent
     try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, target)
-    except OSError as e:
-        raise FxloraError(f"{path}: cannot be written: {e.strerror}") from None
-    finally:
-        part.unlink(missing_ok=True)
+        why = "" if folder.is_dir() else f": there is no folder {str(folder)!r}"
+    except OSError:
+        why = ""
+    return UsageError(f"-o {path!r} cannot be written: {error.strerror or error}{why}")
 
 
 def run_memory(a: argparse.Namespace) -> int:
@@ -222,15 +255,19 @@ def run_memory(a: argparse.Namespace) -> int:
     from fxlora.memory import at_sizes, sweep_text
     from fxlora.memory_sweep import configured, sweep
 
-    config = None if a.sweep and a.target_modules is None and a.config is None else config_of(a)
+    alone = a.sweep and not given(a, _NAMING)
+    if alone:
+        others = {k: v for k, v in {**SAID_BY_CONFIG, "reach": "--reach"}.items() if k != "rank"}
+        refuse(a, others, "--sweep without -t", "the configurations it compares take -r alone, and yours needs -t")
+    config = config_of(a)
     model, (args, kwargs) = build(a.model, a.dtype, a.architecture)
     import fxlora
 
     traced = fxlora.trace(model, args, kwargs)
     args, kwargs = at_sizes(traced, args, kwargs, batch=a.batch, length=a.length)
-    reach = names(a.reach) or ()
+    reach = names(a.reach, "--reach") or ()
     found = []
-    if config is not None:
+    if not alone:
         mark = "yours: " if a.sweep else ""
         found = [configured(traced, config, reach, args, kwargs, a.optimizer, mark)]
     if a.sweep:

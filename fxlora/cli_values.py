@@ -4,14 +4,34 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from typing import Any
 
-from fxlora.errors import FxloraError
+from fxlora.errors import FxloraError, UsageError
 
 
-def names(text: str | None) -> list[str] | None:
-    """Returns the names in a comma-separated text."""
-    return None if text is None else [n.strip() for n in text.split(",") if n.strip()]
+def names(text: str | None, option: str = "") -> list[str] | None:
+    """Returns the names in a comma-separated text.
+
+    Args:
+        text: what stands behind the option; None when it was not given.
+        option: the option, where an empty text is a mistake: a variable of a script that is not
+            set, say.
+
+    Raises:
+        ConfigError: when an option that is to name something names nothing.
+
+    >>> names("q_proj, v_proj"), names(None)
+    (['q_proj', 'v_proj'], None)
+    """
+    from fxlora.errors import ConfigError
+
+    if text is None:
+        return None
+    found = [n.strip() for n in text.split(",") if n.strip()]
+    if option and not found:
+        raise ConfigError(f"{option} {text!r} names nothing; name something, or leave it out")
+    return found
 
 
 def layers(text: str | None) -> list[int] | None:
@@ -28,22 +48,47 @@ def layers(text: str | None) -> list[int] | None:
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         try:
-            out += range(int(first), int(last if dash else first) + 1)
+            found = range(int(first), int(last if dash else first) + 1)
         except ValueError:
             raise ConfigError(
                 f"--layers {text!r}: {part!r} is no index and no range; write 0,1,8-11"
             ) from None
+        if not found:  # no index at all is every layer to peft
+            raise ConfigError(
+                f"--layers {text!r}: {part.strip()!r} holds no index; write {last.strip()}-{first}"
+            )
+        out += found
     return out
 
 
-# What --config already says, by attribute and option.
-_SAID_BY_CONFIG = {
+# What a LoraConfig says, by attribute and option.
+SAID_BY_CONFIG = {
     "target_modules": "-t", "regex": "--regex", "rank": "-r", "alpha": "-a", "dropout": "--dropout",
     "rslora": "--rslora", "exclude_modules": "--exclude-modules", "layers": "--layers",
     "bias": "--bias", "target_parameters": "--target-parameters",
     "modules_to_save": "--modules-to-save", "dora": "--dora", "init": "--init",
     "task_type": "--task-type",
 }  # fmt: skip
+
+
+def given(a: argparse.Namespace, options: Mapping[str, str]) -> list[str]:
+    """Returns the options that were given, of a table from attributes to options."""
+    values = {option: getattr(a, name) for name, option in options.items()}
+    # Not `in (None, False)`: a dropout of 0.0 is equal to False, and was given.
+    return [o for o, v in values.items() if v is not None and v is not False]
+
+
+def refuse(a: argparse.Namespace, options: Mapping[str, str], beside: str, why: str) -> None:
+    """Refuses options that would be ignored beside another.
+
+    Raises:
+        UsageError: names those that were given.
+    """
+    found = given(a, options)
+    if found:
+        raise UsageError(
+            f"{beside} and {', '.join(found)}: {why}. Leave {'it' if len(found) == 1 else 'them'} out"
+        )
 
 
 def config_of(a: argparse.Namespace) -> Any:
@@ -57,18 +102,18 @@ def config_of(a: argparse.Namespace) -> Any:
     from fxlora.errors import ConfigError
 
     if a.config is not None:
-        # Not `in (None, False)`: a dropout of 0.0 is equal to False, and was given.
-        values = {option: getattr(a, name) for name, option in _SAID_BY_CONFIG.items()}
-        given = [o for o, v in values.items() if v is not None and v is not False]
-        if given:
+        found = given(a, SAID_BY_CONFIG)
+        if found:
             raise ConfigError(
-                f"--config {a.config} and {', '.join(given)}: the file says all of it. Leave "
-                f"{'it' if len(given) == 1 else 'them'} out, or change the file"
+                f"--config {a.config} and {', '.join(found)}: the file says all of it. Leave "
+                f"{'it' if len(found) == 1 else 'them'} out, or change the file"
             )
         return _config_file(a.config)
     targets: Any = a.target_modules
+    if targets is None and a.regex:
+        raise UsageError("--regex says how -t is read, and there is no -t. Add it, or leave it out")
     if targets is not None and not a.regex and targets.lower() != "all-linear":
-        targets = names(targets)
+        targets = names(targets, "-t")
     try:
         return LoraConfig(
             r=8 if a.rank is None else a.rank,
@@ -76,16 +121,16 @@ def config_of(a: argparse.Namespace) -> Any:
             lora_dropout=0.0 if a.dropout is None else a.dropout,
             use_rslora=a.rslora,
             target_modules=targets,
-            exclude_modules=names(a.exclude_modules),
+            exclude_modules=names(a.exclude_modules, "--exclude-modules"),
             layers_to_transform=layers(a.layers),
-            target_parameters=names(a.target_parameters),
+            target_parameters=names(a.target_parameters, "--target-parameters"),
             bias="none" if a.bias is None else a.bias,
             task_type=a.task_type,
-            modules_to_save=names(a.modules_to_save),
+            modules_to_save=names(a.modules_to_save, "--modules-to-save"),
             use_dora=a.dora,
             init_lora_weights=True if a.init is None else a.init,
         )
-    except (ValueError, TypeError) as e:
+    except (ValueError, TypeError, ImportError) as e:
         raise ConfigError(str(e)) from None
 
 
@@ -101,6 +146,15 @@ def _config_file(path: str) -> Any:
         settings = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
         raise ConfigError(f"--config {path}: not a readable JSON file: {e}") from None
+    if not isinstance(settings, dict):
+        raise ConfigError(
+            f"--config {path}: its content is of type {type(settings).__name__}, and a peft "
+            'adapter_config.json is an object, such as {"r": 8, "target_modules": ["q_proj"]}'
+        )
+    if settings.get("peft_type", "LORA") != "LORA":
+        raise ConfigError(
+            f"--config {path}: peft_type is {settings['peft_type']!r}; fxlora reads LORA adapters"
+        )
     known = {f.name for f in dataclasses.fields(LoraConfig)}
     unknown = sorted(set(settings) - known)
     if unknown:
@@ -109,7 +163,7 @@ def _config_file(path: str) -> Any:
     settings.pop("auto_mapping", None)
     try:
         return LoraConfig(**settings)
-    except (ValueError, TypeError) as e:
+    except (ValueError, TypeError, AttributeError, ImportError) as e:
         raise ConfigError(f"--config {path}: {e}") from None
 
 
@@ -196,4 +250,4 @@ def planned(a: argparse.Namespace, *, whole: bool = True) -> tuple[Any, Any]:
     config = config_of(a)
     model, (args, kwargs) = build(a.model, architecture=a.architecture)
     traced = (fxlora.trace if whole else outline)(model, args, kwargs)
-    return traced, fxlora.plan(traced, config, reach=names(a.reach) or ())
+    return traced, fxlora.plan(traced, config, reach=names(a.reach, "--reach") or ())

@@ -46,6 +46,10 @@ class ModelSpecError(FxloraError, ValueError):
     """A model named on the command line that cannot be built."""
 
 
+class UsageError(FxloraError, ValueError):
+    """A command line whose options do not go together, or a file that cannot be written."""
+
+
 def did_you_mean(name: str, candidates: Iterable[str]) -> str:
     """Returns `" Did you mean 'x'?"` for the nearest candidate, or an empty string.
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch.fx import GraphModule
 
 from fxlora.choose import choose
+from fxlora.config import resolved_copy
 from fxlora.errors import ConfigError, FxloraError
 from fxlora.memory import Memory, memory
 from fxlora.rewrite import rewrite
@@ -42,9 +43,14 @@ def sweep(traced: GraphModule, config: Any, args: Any, kwargs: Any, optimizer: s
         args: the example inputs.
         kwargs: the same by name.
         optimizer: one of `fxlora.memory.OPTIMIZERS`.
+
+    Raises:
+        ConfigError: when the configuration itself cannot be honoured.
     """
+    # A wrong rank would be wrong in every choice, and look like a model without such layers.
+    r = 8 if config is None else resolved_copy(config).r
     found = []
-    for label, made in _choices(traced, 8 if config is None else config.r):
+    for label, made in _choices(traced, r):
         try:
             lora = rewrite(traced, made)
         except ConfigError:

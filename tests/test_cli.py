@@ -156,10 +156,19 @@ def test_draw_leaves_the_picture(config: str, tmp_path: Path, suffix: str, capsy
         (["plan", "tiny:sequential", "-t", "O"], 2, "selected none of the 2 linear sites"),
         (["plan", "tiny:sequential", "-t", "0", "-r", "0"], 2, "r=0: a rank is at least 1"),
         (["plan", "tiny:sequential", "-t", "0", "--layers", "a-b"], 2, "write 0,1,8-11"),
+        (["plan", "tiny:sequential", "-t", "0", "--layers", "0,4-2"], 2, "'4-2' holds no index; write 2-4"),
         (["plan", "tiny:sequential", "-t", "(", "--regex"], 2, "not a regular expression"),
-        (["draw", "tiny:sequential", "-t", "0", "-o", "x.gif"], 3, "x.gif"),
+        (["plan", "tiny:sequential", "-r", "2", "--regex"], 2, "there is no -t"),
+        (["plan", "tiny:sequential", "-t", " ,"], 2, "-t ' ,' names nothing; name something, or leave"),
+        (["plan", "tiny:sequential", "-t", "0", "--modules-to-save", ""], 2, "--modules-to-save '' names nothing"),
+        (["plan", "tiny:sequential", "-t", "0", "--reach", ""], 2, "--reach '' names nothing"),
+        (["lint", "tiny:sequential", "-t", "0", "--select", ""], 2, "--select '' names nothing"),
+        (["lint", "tiny:sequential", "-t", "0", "--ignore", "ALL"], 2, "no rule is left to run: select=['DEFAULT'], ignore=['ALL']. Select some"),
+        (["draw", "tiny:sequential", "-t", "0", "-o", "x.gif"], 2, "x.gif"),
+        (["draw", "tiny:sequential", "-t", "0", "--depth", "-1"], 2, "depth=-1"),
+        (["draw", "tiny:sequential", "-t", "0", "--focus", "nosuch", "-o", "x.dot"], 2, "fxlora: focus='nosuch'"),
     ],
-)
+)  # fmt: skip
 def test_an_error_is_one_line_with_the_fix(
     argv: list[str], code: int, message: str, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -286,5 +295,143 @@ def test_draw_takes_the_options_of_a_drawing(tmp_path: Path, capsys: Any) -> Non
     assert "cluster_b_panel" not in one
     assert "transformer_h_0" not in one
     for wrong in (["--columns", "after,before"], ["--theme", "pink"], ["--detail", "no"]):
-        assert main([*base, *wrong]) == 3
+        assert main([*base, *wrong]) == 2
         assert wrong[1] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["plan", "--choose", "all-linear", "--config", "nosuch.json", "-r", "-5", "-t", "x"],
+         "--choose and -t, -r, --config: it looks for the targets itself. Leave them out"),
+        (["plan", "--choose", "all-linear", "--effects"], "--choose and --effects: "),
+        (["plan", "-t", "0", "--explain", "0", "--cover"], "--explain and --cover: "),
+        (["memory", "--sweep", "--dropout", "0.1"], "--sweep without -t and --dropout: "),
+        (["memory", "--sweep", "--reach", "uses"], "--sweep without -t and --reach: "),
+        (["lint", "-t", "0", "--list-rules"], "--list-rules and MODEL, -t: "),
+        (["lint", "-t", "0", "--explain-rule", "FXL201"], "--explain-rule and MODEL, -t: "),
+    ],
+)  # fmt: skip
+def test_an_option_that_would_not_be_used_is_refused(
+    argv: list[str], message: str, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(__file__).parent)
+    assert main([argv[0], "tiny:sequential", *argv[1:]]) == 2
+    assert f"fxlora: {message}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["compare", "lint"])
+def test_reach_is_no_option_where_nothing_reads_it(command: str, capsys: Any) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([command, "tiny:sequential", "-t", "0", "--reach", "uses"])
+    assert stop.value.code == 2
+    assert "--reach" in capsys.readouterr().err
+
+
+def test_a_sweep_takes_the_rank_without_targets(
+    capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(__file__).parent)
+    assert main(["memory", "tiny:sequential", "-r", "2", "--sweep"]) == 0
+    out = capsys.readouterr().out
+    assert "all-linear r=2 " in out
+    assert "yours" not in out
+    assert main(["memory", "tiny:sequential", "-r", "-2", "--sweep"]) == 2
+    capsys.readouterr()
+    argv = ["memory", "tiny:sequential", "--target-parameters", "0.weight", "--sweep", "--json"]
+    assert main([*argv, "-r", "2"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["label"] == "yours: 0.weight r=2"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", "its content is of type list, and a peft adapter_config.json is an object"),
+        ("5", "its content is of type int"),
+        ('{"r": 8, "peft_type": "LOHA", "target_modules": ["0"]}', "peft_type is 'LOHA'; fxlora reads LORA"),
+    ],
+)  # fmt: skip
+def test_a_config_file_that_holds_no_lora_configuration_is_refused(
+    content: str, message: str, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(__file__).parent)
+    file = tmp_path / "some.json"
+    file.write_text(content, encoding="utf-8")
+    assert main(["plan", "tiny:sequential", "--config", str(file)]) == 2
+    assert f"fxlora: --config {file}: {message}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["lint", "draw"])
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("file/x.dot", "Not a directory: there is no folder"),
+        ("nowhere/x.dot", "No such file or directory: there is no folder"),
+        ("folder.dot", "Is a directory"),
+        ("x" * 300 + ".dot", "File name too long"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_the_command_line_s_error(
+    command: str, output: str, message: str, tmp_path: Path, capsys: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(Path(__file__).parent)
+    (tmp_path / "file").write_text("notes")
+    (tmp_path / "folder.dot").mkdir()
+    assert main([command, "tiny:sequential", "-t", "0", "-o", str(tmp_path / output)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"fxlora: -o {str(tmp_path / output)!r} cannot be written: {message}")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder.dot"]
+
+
+def test_an_empty_output_is_no_file(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parent)
+    assert main(["lint", "tiny:sequential", "-t", "0", "-o", ""]) == 2
+    assert "-o '' cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["lint", "draw"])
+def test_an_output_through_a_link_writes_its_file(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(__file__).parent)
+    there = tmp_path / "there"
+    there.mkdir()
+    for name, old in (("old.dot", "old"), ("new.dot", None)):
+        if old is not None:
+            (there / name).write_text(old)
+        link = tmp_path / name
+        link.symlink_to(Path("there", name))
+        assert main([command, "tiny:sequential", "-r", "2", "-t", "0", "-o", str(link)]) == 0
+        assert link.is_symlink()
+        assert (there / name).read_text(encoding="utf-8") not in ("", "old")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+@pytest.mark.parametrize("command", ["lint", "draw"])
+def test_a_pipe_is_written_into_and_stays(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(__file__).parent)
+    pipe = tmp_path / "pipe.dot"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)  # so that opening it to write does not wait
+    try:
+        assert main([command, "tiny:sequential", "-r", "2", "-t", "0", "-o", str(pipe)]) == 0
+        assert os.read(reader, 10)
+    finally:
+        os.close(reader)
+    assert pipe.is_fifo()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/stdout"), reason="no /dev/stdout here")
+def test_what_the_system_s_files_stand_for_is_added_to(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("before\n")
+    argv = [sys.executable, "-m", "fxlora", "lint", "tiny:sequential", "-r", "2", "-t", "0", "-o", "/dev/stdout"]  # fmt: skip
+    with log.open("a") as out:
+        subprocess.run(argv, cwd=Path(__file__).parent, stdout=out, check=True)
+    first, *rest = log.read_text(encoding="utf-8").splitlines()
+    assert (first, bool(rest)) == ("before", True)
+    done = subprocess.run(argv, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)  # fmt: skip
+    assert "no findings" in done.stdout

@@ -402,7 +402,7 @@ def _models_and_no_settings(monkeypatch: pytest.MonkeyPatch, request: Any) -> No
         (["-t", "0", "--dtype", "int8"], 2),
         (["-t", "0", "--settings", "nowhere.toml"], 2),
         (["-t", "0", "--json", "--format", "sarif"], 2),
-        (["-t", "0", "-r", "4", "-o", "no/such/folder.json"], 3),
+        (["-t", "0", "-r", "4", "-o", "no/such/folder.json"], 2),
     ],
 )
 def test_the_exit_code_is_for_ci(argv: list[str], code: int, capsys: Any) -> None:

@@ -34,7 +34,8 @@ def lint(traced: GraphModule, config: Any = None, settings: Settings | None = No
         The findings, worst first.
 
     Raises:
-        ConfigError: when the configuration cannot be planned, or there is none.
+        ConfigError: when the configuration cannot be planned, or there is none, and when the
+            settings leave no rule to run.
         UnsupportedError: for a graph that was optimized.
 
     >>> import torch, fxlora
@@ -47,6 +48,11 @@ def lint(traced: GraphModule, config: Any = None, settings: Settings | None = No
     check_plain(traced, "lint")
     settings = settings or Settings()
     severities = settings.severities()
+    if not severities:
+        raise ConfigError(
+            f"no rule is left to run: select={list(settings.select)}, ignore={list(settings.ignore)}. "
+            "Select some, such as DEFAULT, and ignore fewer"
+        )
     active = tuple(r for r in RULES if r.id in severities and _has_its_option(r, settings))
     try:
         context = _context(traced, config, settings)
