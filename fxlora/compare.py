@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,7 @@ from torch.fx import GraphModule
 from fxlora import peft_side
 from fxlora.canonical import Canonical, canonical, first_difference
 from fxlora.config import init_name
-from fxlora.divergences import FAST_PATH, Divergence, divergences, largest
+from fxlora.divergences import FAST_PATH, Divergence, distance, divergences, largest
 from fxlora.errors import TraceError, UnsupportedError
 from fxlora.facts import KEY, info
 from fxlora.html import Printed
@@ -79,11 +80,22 @@ class Certificate:
 
 @dataclass(frozen=True)
 class Deviation:
-    """The largest difference of one tensor between the two runs."""
+    """The largest difference of one tensor between the two runs.
+
+    Attributes:
+        name: which output, or whose gradient.
+        equal: the same bits, NaN in the same places among them.
+        largest: the largest difference; NaN where one side is NaN and the other a number, infinite
+            where there is nothing to subtract.
+        problem: why `largest` says no size: only one side has the tensor, say.
+        nans: in how many places both sides are NaN, where nothing was compared.
+    """
 
     name: str
     equal: bool
     largest: float
+    problem: str = ""
+    nans: int = 0
 
 
 @dataclass(frozen=True)
@@ -130,7 +142,7 @@ class Comparison(Printed):
         return 100 * self.trainable / self.total if self.total else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the comparison as plain data, for JSON."""
+        """Returns the comparison as plain data, for JSON; a size that is no number is None."""
         from dataclasses import asdict
 
         out = {
@@ -143,13 +155,18 @@ class Comparison(Printed):
         out["differences"], out["notes"] = list(self.differences), list(self.notes)
         out["certificate"] = asdict(self.certificate)
         for k in ("parameters", "outputs", "gradients", "divergences"):
-            out[k] = [asdict(row) for row in getattr(self, k)]
+            out[k] = [_plain(asdict(row)) for row in getattr(self, k)]
         return out
 
     def _parts(self) -> Iterable[str]:
         from fxlora.report import comparison_parts
 
         return comparison_parts(self)
+
+
+def _plain(row: dict[str, Any]) -> dict[str, Any]:
+    """Returns a row without NaN and infinity, for which JSON has no form."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 
 
 def compare(
@@ -386,7 +403,7 @@ def _table_differences(
                     f"parameter {row.name}: {tuple(a.shape)} {a.dtype}, "
                     f"PEFT {tuple(b.shape)} {b.dtype}"
                 )
-            elif _has_values(a) and not torch.equal(a, b):
+            elif _has_values(a) and not torch.equal(a, b) and distance(a, b) != 0:
                 out.append(f"parameter {row.name}: drawn differently under the same seed")
     return out
 
@@ -594,19 +611,26 @@ def _leaves(value: Any) -> list[torch.Tensor]:
 
 def _deviation(name: str, a: torch.Tensor | None, b: torch.Tensor | None) -> Deviation:
     if a is None or b is None:
-        return Deviation(name, False, float("inf"))
-    if a.shape != b.shape:
-        return Deviation(name, False, float("inf"))
-    same = torch.equal(a, b)
-    return Deviation(name, same, 0.0 if same else float((a.double() - b.double()).abs().max()))
+        return Deviation(name, False, math.inf, "only one side has it")
+    for what, x, y in (
+        ("shape", tuple(a.shape), tuple(b.shape)),
+        ("dtype", a.dtype, b.dtype),
+    ):
+        if x != y:
+            return Deviation(name, False, math.inf, f"{what} {x}, PEFT {y}")
+    if torch.equal(a, b):
+        return Deviation(name, True, 0.0)
+    size = distance(a, b)
+    problem = "NaN on one side only" if math.isnan(size) else ""
+    return Deviation(name, size == 0, size, problem, int((a.isnan() & b.isnan()).sum()))
 
 
 def _run_differences(outputs: tuple[Deviation, ...], gradients: tuple[Deviation, ...]) -> list[str]:
     out = []
     for kind, rows in (("", outputs), ("gradient of ", gradients)):
         for d in rows:
-            if not d.equal and d.largest == float("inf"):
-                out.append(f"{kind}{d.name}: only one side has it, or the shapes differ")
+            if d.problem:
+                out.append(f"{kind}{d.name}: {d.problem}")
             elif not d.equal:
                 out.append(f"{kind}{d.name}: differs by up to {d.largest:.3g}")
     return out

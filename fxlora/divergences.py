@@ -7,9 +7,10 @@ what PEFT runs. So a fix upstream shows as a difference, not as a lie. Checked a
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -411,7 +412,35 @@ def _layer(model: nn.Module, p: PlannedSite) -> Any:
 
 def largest(a: list[torch.Tensor], b: list[torch.Tensor]) -> float | None:
     """Returns the largest difference between two lists of tensors; None when there is none to see."""
-    sizes = [
-        float((x.double() - y.double()).abs().max()) for x, y in zip(a, b, strict=True) if x.numel()
-    ]
-    return max(sizes) if sizes else None
+    sizes = [distance(x, y) for x, y in zip(a, b, strict=True) if x.numel()]
+    return worst(sizes) if sizes else None
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Returns the largest difference of two tensors of one shape.
+
+    NaN in the same place on both sides is no difference, nor is the same infinity; NaN against a
+    number is NaN, which is no size.
+
+    >>> nan, inf = float("nan"), float("inf")
+    >>> distance(torch.tensor([nan, inf, 1.0]), torch.tensor([nan, inf, 1.5]))
+    0.5
+    >>> distance(torch.tensor([nan, 1.0]), torch.tensor([0.0, 1.0]))
+    nan
+    """
+    if not a.numel():
+        return 0.0
+    if a.is_complex():
+        a, b = torch.view_as_real(a), torch.view_as_real(b)
+    x, y = a.double(), b.double()
+    same = (x == y) | (x.isnan() & y.isnan())
+    return float((x - y).abs().masked_fill(same, 0.0).max())
+
+
+def worst(sizes: Iterable[float]) -> float:
+    """Returns the largest of some differences; NaN, which has no size, is worse than any.
+
+    >>> worst([1.0, float("nan"), 2.0]), worst([])
+    (nan, 0.0)
+    """
+    return max(sizes, key=lambda s: (math.isnan(s), s), default=0.0)

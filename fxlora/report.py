@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from fxlora.divergences import worst
 from fxlora.text import count, human, open_indices, open_varied, table
 
 if TYPE_CHECKING:
@@ -189,9 +190,11 @@ def _run_lines(c: Comparison) -> list[str]:
     out = []
     for name, rows in (("outputs", c.outputs), ("gradients", c.gradients)):
         same = sum(d.equal for d in rows)
-        worst = max((d.largest for d in rows), default=0.0)
+        size = worst(d.largest for d in rows)
+        nans = sum(d.nans for d in rows)
         out.append(
-            f"  {name:<12} {same:,} of {len(rows):,} bit-equal, largest difference {worst:.3g}"
+            f"  {name:<12} {same:,} of {len(rows):,} bit-equal, largest difference {size:.3g}"
+            + (f"; NaN on both sides in {count(nans, 'place')}" if nans else "")
         )
     return out
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -219,3 +220,72 @@ def test_a_mask_of_all_ones_is_used_on_both_sides_and_said(name: str, rows: str)
     assert found.equal, found.differences
     assert [n for n in found.notes if "mask of all ones" in n] == list(found.notes)
     assert bool(found.notes) == (rows == "ones")
+
+
+class Overflowing(nn.Module):
+    """Some places of its output are NaN, and one is infinite."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.a(x).masked_fill(x > 0, float("nan"))
+        return torch.where(x < -1, float("inf"), y)
+
+
+X = torch.tensor([[1.0, -2.0, -0.5, 0.5], [-0.5, 1.0, -0.5, -3.0]])
+
+
+def strict_json(data: Any) -> Any:
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is not JSON")
+
+    return json.loads(json.dumps(data), parse_constant=refuse)
+
+
+def test_nan_in_the_same_places_is_equal_and_counted() -> None:
+    result = fxlora.compare(Overflowing(), LoraConfig(r=2, target_modules=["a"]), (X,))
+    assert result.equal, result.differences
+    assert (result.outputs[0].largest, result.outputs[0].nans) == (0.0, 3)
+    assert "NaN on both sides in 3 places" in str(result)
+    assert strict_json(result.to_dict())["outputs"][0]["equal"] is True
+
+
+def test_a_base_weight_that_is_nan_is_no_difference() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    with torch.no_grad():
+        model[0].weight[0, 0] = float("nan")
+    result = fxlora.compare(model, LoraConfig(r=2, target_modules=["0"]), (X,))
+    assert result.equal, result.differences
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said", "size"),
+    [
+        (lambda t: torch.where(t.isnan(), 0.0, t), "NaN on one side only", None),
+        (lambda t: t.masked_fill(t.isinf(), 1.0), "differs by up to inf", None),
+        (lambda t: t.masked_fill(~t.isnan() & ~t.isinf(), 99.0), "differs by up to 9", 90.0),
+        (lambda t: t.double(), "dtype torch.float32, PEFT torch.float64", None),
+        (lambda t: t[:1], "shape (2, 4), PEFT (1, 4)", None),
+    ],
+)
+def test_nan_against_a_number_is_a_difference_and_json_stays_json(
+    wrong: Callable[[torch.Tensor], torch.Tensor], said: str, size: float | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    module = sys.modules["fxlora.compare"]
+    run = module._run
+
+    def other(model: nn.Module, *rest: Any) -> Any:
+        tensors, grads = run(model, *rest)
+        return [t if isinstance(model, GraphModule) else wrong(t) for t in tensors], grads
+
+    monkeypatch.setattr(module, "_run", other)
+    result = fxlora.compare(Overflowing(), LoraConfig(r=2, target_modules=["a"]), (X,))
+    assert not result.equal
+    (difference,) = result.differences
+    assert difference.startswith(f"output 0: {said}")
+    (row,) = strict_json(result.to_dict())["outputs"]
+    assert row["equal"] is False
+    assert row["largest"] is None if size is None else row["largest"] > size

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -65,8 +66,10 @@ class Settings:
                     f"{did_you_mean(str(value), choices)}"
                 )
 
-        if not self.options.trained_b > 0:
-            raise ConfigError(f"trained-b={self.options.trained_b!r}: a size is above 0")
+        if not 0 < self.options.trained_b < math.inf:
+            raise ConfigError(
+                f"trained-b={self.options.trained_b!r}: a size is above 0, and finite"
+            )
         if self.options.max_lora_rank < 1:
             raise ConfigError(f"max-lora-rank={self.options.max_lora_rank!r}: a rank is at least 1")
 
