@@ -696,6 +696,35 @@ def test_powers_and_numpy_s_scalars_are_code_that_runs(name: str) -> None:
     torch.testing.assert_close(fxlora.trace(model, (x,))(x), model(x), equal_nan=True)
 
 
+TYPES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "float": lambda h: (h > 0).type(torch.FloatTensor) * h,
+    "long": lambda h: h + h.type(torch.LongTensor),
+    "by name": lambda h: h.type(dtype=torch.DoubleTensor),
+    "text": lambda h: h.type("torch.HalfTensor"),
+    "dtype": lambda h: h.type(torch.bfloat16),
+    "the default": lambda h: (h > 0).type(torch.Tensor),
+}
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_legacy_tensor_types_are_code_that_runs(name: str) -> None:
+    class One(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return TYPES[name](self.lin(x))
+
+    model, x = One(), torch.randn(6, 4)
+    expected = model(x)
+    # Without inputs torch.fx's own tracer runs, which has no word for torch.Tensor itself.
+    for args in ((x,), ()) if name != "the default" else ((x,),):
+        found = fxlora.trace(model, args)(x)
+        assert found.dtype == expected.dtype
+        assert torch.equal(found, expected)
+
+
 ATTENTION: dict[str, tuple[tuple[int, int], dict[str, Any]]] = {
     # name -> (heads of q, heads of k and v), arguments
     "plain": ((4, 4), {}),

@@ -57,6 +57,8 @@ def normal(
         return getattr, (args[0], owner.__name__), {}
     if name == "__set__" and hasattr(owner, "__name__"):
         return setattr, (args[0], owner.__name__, args[1]), {}
+    if func is torch.Tensor.type:
+        return func, tuple(map(_named, args)), {k: _named(v) for k, v in kwargs.items()}
     if func in _POWERS and not kwargs:
         return _POWERS[func], args, kwargs
     if name in _OPERATORS and not kwargs:
@@ -85,6 +87,23 @@ def has_effect(func: Any) -> bool:
         return func in _EFFECTS
     except TypeError:
         return False
+
+
+def tensor_type(value: Any) -> str | None:
+    """Returns the name of a legacy tensor type, which `Tensor.type` takes in its place.
+
+    A class prints as `<class 'torch.FloatTensor'>`, which a graph's code cannot read.
+
+    >>> tensor_type(torch.LongTensor), tensor_type(torch.cuda.HalfTensor), tensor_type(torch.long)
+    ('torch.LongTensor', 'torch.cuda.HalfTensor', None)
+    """
+    if not isinstance(value, type) or type(value) is not type(torch.FloatTensor):
+        return None
+    return f"{value.__module__}.{value.__name__}"
+
+
+def _named(value: Any) -> Any:
+    return "torch.Tensor" if value is torch.Tensor else tensor_type(value) or value
 
 
 def spelling(func: Any, args: tuple[Any, ...]) -> tuple[str, Any]:

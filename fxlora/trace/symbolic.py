@@ -12,6 +12,7 @@ from torch.fx import Graph, Node, Tracer, _symbolic_trace
 
 from fxlora.errors import TraceError
 from fxlora.facts import Frame
+from fxlora.trace.operators import tensor_type
 from fxlora.trace.paths import Paths
 from fxlora.trace.recorder import model_line
 from fxlora.trace.shell import is_leaf
@@ -58,6 +59,11 @@ class _Tracer(Tracer):
         if source is not None:
             node.meta["source"] = source
         return node
+
+    def create_arg(self, a: Any) -> Any:
+        """Turns a call's argument into a node argument."""
+        name = tensor_type(a)
+        return super().create_arg(a) if name is None else name
 
     @property
     def _root_frame(self) -> Frame:
