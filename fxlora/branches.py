@@ -184,7 +184,9 @@ class _Branch:
         scaled = new.method("magnitude", "mul", (delta, self._planned.scaling), delta)
         total = new.method("magnitude", "add", (weight, scaled), weight)
         rows: Any = weight.meta.get("shape")
-        dtype = weight.meta.get("dtype")
+        dtype = total.meta.get(
+            "dtype"
+        )  # of the sum: a bf16 weight and a float32 adapter give float32
         if is_conv(self._planned.kind):
             dims = tuple(range(1, len(self._planned.site.shape)))
             kept = (rows[0], *(1,) * len(dims))
@@ -199,7 +201,9 @@ class _Branch:
                 "magnitude", "call_function", torch.linalg.norm, (total,), (rows[0],), dtype,
                 {"dim": 1},
             )  # fmt: skip
-            norm = new.method("magnitude", "to", (norm, dtype), norm)
+            norm = new.add(
+                "magnitude", "call_function", cast_like, (norm, total), (rows[0],), dtype
+            )
         return new.method("magnitude", "detach", (norm,), norm)
 
     def _gain(self, weight: Node, delta: Node) -> Node:
@@ -292,9 +296,10 @@ class _Branch:
                 "conv_padding_mode" not in self._quirks,
             ),
         )
+        # In train mode; in eval mode, where it is the base output it was given, it is not cast after.
         return new.add(
             "magnitude", "call_module", name, (result, bias, dropped, weight), self._shape,
-            self._dtype,
+            dropped.meta.get("dtype"),
         )  # fmt: skip
 
     def _dora_rows(self, result: Node, after_a: Node, a_t: Node, b_t: Node) -> Node:

@@ -17,11 +17,11 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from fxlora.dtypes import CASTS, true_dtypes
 from fxlora.gradients import attribute, target_name
 from fxlora.runtime import DoraBase
 from fxlora.trace.guards import ByMode, InputGuards, TrainOnly
 
-_CASTS = frozenset("to cast_like type type_as float half bfloat16 double".split())
 _VIEWS = frozenset(
     "view reshape transpose permute getitem unsqueeze squeeze expand t T mT chunk split unbind "
     "narrow select flatten alias view_as detach data".split()
@@ -72,6 +72,7 @@ class _Canonicaliser:
         self, graph_module: GraphModule, name: Callable[[str], str], mode: bool | None
     ) -> None:
         self._gm, self._name, self._mode = graph_module, name, mode
+        self._dtype = true_dtypes(graph_module)
         self._first: dict[int, str] = {}
         self._out = Canonical()
         self._digest: dict[Node, str] = {}
@@ -132,9 +133,9 @@ class _Canonicaliser:
                 return source
             idle = isinstance(module, nn.Dropout) and (module.p == 0 or self._mode is False)
             return source if isinstance(module, nn.Identity) or idle else None
-        if node.op in ("call_method", "call_function") and target_name(node) in _CASTS:
+        if node.op in ("call_method", "call_function") and target_name(node) in CASTS:
             # Where a value lives is not what it is: a move to a device counts as no change.
-            before, after = source.meta.get("dtype"), node.meta.get("dtype")
+            before, after = self._dtype[source], self._dtype[node]
             if before is not None and before == after:
                 return source
         if target_name(node) == "requires_grad_" and target_name(source) == "detach":
@@ -154,9 +155,9 @@ class _Canonicaliser:
         name = target_name(node)
         if name == "device":
             return None, ()
-        if name in _CASTS and node.meta.get("dtype") is not None:
+        if name in CASTS and self._dtype[node] is not None:
             # How a cast says its dtype (a constant, another tensor) is a matter of spelling.
-            shown = str(node.meta["dtype"])
+            shown = str(self._dtype[node])
             return f"cast to {shown}", ("cast", shown, self._arg(node.args[0]))
         return f"{name}({self._shown(node)})", ("call", name, *args)
 

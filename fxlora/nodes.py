@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from fxlora.plan import PlannedSite
 from fxlora.trace.bulk import create_after
 
 Entry = tuple[str, PlannedSite]  # an active adapter's name, and the site it adapts
+_ARITHMETIC = frozenset(("add", "sub", "mul", "div"))
 _COPIED = ("module_stack", "source", "grad_enabled")
 
 
@@ -55,8 +57,16 @@ class Inserter:
     def method(
         self, role: str, name: str, args: tuple[Any, ...], like: Node, **kwargs: Any
     ) -> Node:
-        """Adds a method call whose result has the shape and dtype of `like`."""
+        """Adds a method call whose result has the shape of `like`, and its dtype.
+
+        Arithmetic widens: the result is in the widest dtype of what it reads. (None of ours reads a
+        tensor of no dimensions in another dtype, which would not widen it.)
+        """
         shape, dtype = like.meta.get("shape"), like.meta.get("dtype")
+        if name in _ARITHMETIC:
+            dtype = functools.reduce(
+                wide, (n.meta.get("dtype") for n in args if isinstance(n, Node))
+            )
         return self.add(role, "call_method", name, args, shape, dtype, kwargs)
 
 
@@ -73,6 +83,8 @@ def input_of(call: Node) -> Any:
 
 def redirect(users: Sequence[Node], old: Node, new: Node) -> None:
     """Lets `users` read `new` where they read `old`."""
+    # What the trace recorded of the nodes behind holds only then.
+    assert new.meta.get("dtype") == old.meta.get("dtype"), (old, new)
     for user in users:
         user.replace_input_with(old, new)
         if old in user.meta.get("mutates", ()):
