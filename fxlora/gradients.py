@@ -328,7 +328,11 @@ def _whole(node: Node) -> Node:
 
 
 def memory_root(node: Node) -> Node:
-    """Returns the node that made the memory a node's tensor lies in: itself, or what it is a view of."""
+    """Returns the node whose memory a node's tensor lies in: a view's base, what a call wrote into.
+
+    Args:
+        node: a node of a traced or rewritten graph; its own root when it views nothing.
+    """
     while (before := _same(node) or _viewed(node)) is not None:
         node = before
     return node
