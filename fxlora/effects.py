@@ -20,8 +20,8 @@ from fxlora.errors import AdapterError
 from fxlora.facts import check_plain, info
 from fxlora.gradients import (
     enabled,
+    first_flags,
     gradient_sources,
-    requires_grad,
     target_name,
     value_sources,
 )
@@ -138,7 +138,7 @@ class _Walk:
 
     def __init__(self, lora: GraphModule) -> None:
         self._lora = lora
-        self._flags = requires_grad(lora)
+        self._flags = first_flags(lora)
         self._on = enabled(lora)
         self._own: dict[tuple[str, str], list[Node]] = {}
         for n in lora.graph.nodes:
@@ -227,7 +227,7 @@ class _Walk:
         while todo:
             at = todo.popleft()
             for source in self._steep[at]:
-                if source not in found and source in self._moved and at in self._onward[source]:
+                if source not in found and source in self._moved:
                     found[source] = at
                     todo.append(source)
         return found

@@ -7,6 +7,11 @@ Every node of a traced graph carries, in `node.meta`:
   the input, its expression as text (`"s1"`, `"s0*s1"`). Absent where the trace knows no shapes.
 - `"source"`: the `Source` line of the model's own code.
 - `"mutates"`: the nodes whose tensor this node changes in place, when there are any.
+- `"alias"`: the argument in whose memory the result lies, as a path (`(0,)`, `("input",)`, `(0, 1)`),
+  None where it has memory of its own; of a part of several results, an argument of the call they
+  came from. Absent where the trace cannot tell (no example inputs, a parameter among the arguments)
+  and on nodes that were inserted.
+- `"handed_on"`: True where the result is that argument itself (`x.to(x.dtype)`, nn.Identity).
 - `"grad_enabled"`: False inside `torch.no_grad()`; absent elsewhere.
 - `"autocast"`: (device type, dtype) inside a `torch.autocast(...)` of the model's own.
 

@@ -16,6 +16,7 @@ from matrix import ROWS, Row
 from networks import Network, Part, networks
 from networks import tensors as leaves
 from peft import LoraConfig
+from test_gradients import disagreements
 from test_laws import configs, guarded, law
 from torch import nn
 from torch.fx import GraphModule
@@ -222,6 +223,24 @@ CALLS: dict[str, tuple[Callable[[torch.Tensor, torch.Tensor], Any], str]] = {
     "copied": (lambda h, x: (x * 1).copy_(h), "numbers"),
     "compared in place": (lambda h, x: h.gt_(x), "zeros"),
     "drawn over": (lambda h, x: h.normal_(), "zeros"),
+    "drawn about": (lambda h, x: torch.normal(h, 1.0), "zeros"),
+    "drawn with this spread": (lambda h, x: torch.normal(x, std=h.abs()), "zeros"),
+    "drawn at this rate": (lambda h, x: torch.poisson(h.abs()) * x, "zeros"),
+    "rounded division in place": (
+        lambda h, x: (h * 1).div_(0.3, rounding_mode="floor"), "zeros"),
+    "rounded division by another name": (
+        lambda h, x: (h * 1).divide_(0.3, rounding_mode="trunc"), "zeros"),
+    "distances that are counts": (lambda h, x: torch.cdist(h, x, 0), "zeros"),
+    "a count by its method": (lambda h, x: h.norm(p=0) * x, "nothing"),
+    "a distance that is a count": (lambda h, x: torch.dist(h, x, 0) * x, "nothing"),
+    "angle": (lambda h, x: torch.angle(h) * x, "zeros"),
+    "angle of complex numbers": (lambda h, x: torch.angle(torch.fft.rfft(h)), "numbers"),
+    "sign of complex numbers": (lambda h, x: torch.sgn(torch.fft.rfft(h)).imag, "numbers"),
+    "the device only": (lambda h, x: torch.eye(4, device=h.device) @ x.t(), "nothing"),
+    "a leaf of its own": (lambda h, x: torch.zeros_like(h, requires_grad=True) * x, "nothing"),
+    "a statistic": (
+        lambda h, x: (F.batch_norm(h, m := x[0] * 1, x[1].abs(), training=True), m)[1], "nothing"),
+    "beside another": (lambda h, x: torch.broadcast_tensors(h, x)[1] * x, "nothing"),
     "sign of another": (lambda h, x: torch.copysign(x, h), "zeros"),
     "magnitude": (lambda h, x: torch.copysign(h, x), "numbers"),
     "straight through": (lambda h, x: h + (h.round() - h).detach(), "numbers"),
@@ -246,6 +265,7 @@ def test_what_a_call_does_to_a_gradient_is_what_autograd_does(name: str) -> None
     torch.manual_seed(0)
     x = torch.randn(2, 4) + 0.1
     lora = filled(fxlora.rewrite(fxlora.trace(One(), (x,)), LoraConfig(target_modules=["lin"])))
+    assert disagreements(lora, x) == []
     found = arrived(lora, tensors(lora(x)))
     (e,) = effects(lora)
     assert reached_parameters(lora) == found
@@ -253,6 +273,149 @@ def test_what_a_call_does_to_a_gradient_is_what_autograd_does(name: str) -> None
     assert e.live == moves(lora, e) == (CALLS[name][1] == "numbers")
     assert ("is zero everywhere" in e.reason) == (CALLS[name][1] == "zeros")
     witnessed(lora, e)
+
+
+class Pair(nn.Module):
+    """Two layers, and a function of the model and its input."""
+
+    def __init__(self, function: Callable[[Any, torch.Tensor], Any]) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.same, self.flat, self.split = nn.Identity(), nn.Flatten(), nn.Unflatten(1, (2, 2))
+        self.drop = nn.Dropout(0.5)
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.function(self, x)
+
+
+# Another name of a tensor's memory, in the model m in eval mode.
+ALIASES: dict[str, Callable[[Any, torch.Tensor], torch.Tensor]] = {
+    "float": lambda m, y: y.float(),
+    "to": lambda m, y: y.to(torch.float32),
+    "type_as": lambda m, y: y.type_as(y),
+    "identity": lambda m, y: m.same(y),
+    "flatten layer": lambda m, y: m.flat(y.view(4, 2, 2)),
+    "unflatten layer": lambda m, y: m.split(y).view(4, 4),
+    "dropout": lambda m, y: F.dropout(y, 0.5, m.training),
+    "dropout of nothing": lambda m, y: F.dropout(y, 0.0, True),
+    "dropout layer": lambda m, y: m.drop(y),
+    "ravel": lambda m, y: y.ravel().view(4, 4),
+    "adjoint": lambda m, y: y.adjoint(),
+    "broadcast_to": lambda m, y: torch.broadcast_to(y, (4, 4)),
+    "narrow": lambda m, y: torch.narrow(input=y, dim=1, start=0, length=4),
+    "conj": lambda m, y: y.conj(),
+    "positive": lambda m, y: torch.positive(y),
+    "contiguous": lambda m, y: y.contiguous(),
+    "broadcast together": lambda m, y: torch.broadcast_tensors(y, y[0] * 2)[0],
+    "complex": lambda m, y: torch.view_as_real(torch.view_as_complex(y.view(4, 2, 2))).view(4, 4),
+}  # fmt: skip
+COPIES: dict[str, Callable[[Any, torch.Tensor], torch.Tensor]] = {
+    "double": lambda m, y: y.double().float(),
+    "contiguous": lambda m, y: y.t().contiguous(),
+    "reshape": lambda m, y: y.t().reshape(16).view(4, 4),
+    "flatten": lambda m, y: y.t().flatten().view(4, 4),
+    "clone": lambda m, y: y.clone(),
+    "picked": lambda m, y: y[[0, 1, 2, 3]],
+}
+
+
+def written(
+    view: Callable[[Any, torch.Tensor], torch.Tensor],
+) -> Callable[[Any, torch.Tensor], torch.Tensor]:
+    def function(m: Any, x: torch.Tensor) -> torch.Tensor:
+        y = x * 1
+        view(m, y).add_(m.one(x))
+        return y + m.two(x)
+
+    return function
+
+
+@pytest.mark.parametrize("name", ALIASES)
+def test_a_write_through_another_name_of_a_tensor_is_live(name: str) -> None:
+    found = verdicts(Pair(written(ALIASES[name])).eval(), "all-linear", torch.randn(4, 4))
+    assert {n: e.verdict for n, e in found.items()} == {"one": "live", "two": "live"}
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_a_write_into_a_copy_of_a_tensor_is_dead(name: str) -> None:
+    found = verdicts(Pair(written(COPIES[name])), "all-linear", torch.randn(4, 4))
+    assert {n: e.verdict for n, e in found.items()} == {"one": "dead", "two": "live"}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ["dropout", "dropout layer"])
+def test_what_a_dropout_hands_on_follows_from_the_mode_of_the_graph(
+    name: str, training: bool
+) -> None:
+    x = torch.randn(4, 4)
+    traced = fxlora.trace(Pair(written(ALIASES[name])).train(not training), (x,))
+    lora = filled(fxlora.rewrite(traced, LoraConfig(r=2, target_modules="all-linear")))
+    lora.train(training)
+    assert reached_parameters(lora) == arrived(lora, tensors(lora(x)))
+    assert next(iter(effects(lora))).verdict == ("dead" if training else "live")
+
+
+def over(y: torch.Tensor, index: Any, value: torch.Tensor) -> torch.Tensor:
+    y[index] = value
+    return y
+
+
+# All of y is written over by v.
+COVERS: dict[str, Callable[[torch.Tensor, torch.Tensor], Any]] = {
+    "every slice": lambda y, v: over(y, (slice(None), slice(None)), v),
+    "an ellipsis and a slice": lambda y, v: over(y, (..., slice(None)), v),
+    "as rows": lambda y, v: y.view(-1).copy_(v.view(-1)),
+    "with one more dimension": lambda y, v: y[None].copy_(v),
+    "turned": lambda y, v: y.t().copy_(v),
+    "from the first to the last": lambda y, v: y[:, 0:4].copy_(v),
+    "zeroed first": lambda y, v: (y[None].zero_(), y.add_(v)),
+}
+
+
+@pytest.mark.parametrize("name", COVERS)
+def test_what_is_written_over_through_a_view_of_all_of_it_is_cut(name: str) -> None:
+    def function(m: Any, x: torch.Tensor) -> torch.Tensor:
+        y = m.two(x)
+        COVERS[name](y, m.one(x))
+        return y
+
+    found = verdicts(Pair(function), "all-linear", torch.randn(4, 4))
+    assert {n: e.verdict for n, e in found.items()} == {"one": "live", "two": "cut"}
+    assert "is zero everywhere" in found["two"].reason
+
+
+def test_a_part_that_is_written_over_leaves_the_rest_live() -> None:
+    def function(m: Any, x: torch.Tensor) -> torch.Tensor:
+        y = m.two(x)
+        y[:, 1:].copy_(m.one(x)[:, 1:])
+        y.view(2, 8)[:, :1].zero_()
+        return y
+
+    found = verdicts(Pair(function), "all-linear", torch.randn(4, 4))
+    assert {e.verdict for e in found.values()} == {"live"}
+
+
+def test_a_write_through_a_detached_name_is_cut_and_leaves_the_tensor_s_gradient() -> None:
+    def function(m: Any, x: torch.Tensor) -> torch.Tensor:
+        y = m.two(x)
+        y.detach().add_(m.one(x))
+        return y * 2
+
+    found = verdicts(Pair(function), "all-linear", torch.randn(4, 4))
+    assert {n: e.verdict for n, e in found.items()} == {"one": "cut", "two": "live"}
+
+
+def test_what_was_read_before_a_detach_in_place_is_live() -> None:
+    def function(m: Any, x: torch.Tensor) -> torch.Tensor:
+        y, z = m.one(x), m.two(x)
+        early = y * 2
+        y.detach_()
+        z.detach_()
+        return early + y + z
+
+    found = verdicts(Pair(function), "all-linear", torch.randn(4, 4))
+    assert {n: e.verdict for n, e in found.items()} == {"one": "live", "two": "cut"}
 
 
 # ---- one case for each verdict -------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from peft import LoraConfig
 from torch import nn
 from torch.fx import GraphModule, Interpreter, Node
+from torch.nn import functional as F
 from zoo import ZOO
 
 import fxlora
@@ -93,3 +95,119 @@ def test_an_input_that_requires_grad_says_so() -> None:
     x = torch.randn(2, 4, requires_grad=True)
     traced = fxlora.trace(nn.Sequential(nn.ReLU()), (x,))
     assert [f for n, f in requires_grad(traced).items() if n.op == "placeholder"] == [True]
+
+
+class Under(nn.Module):
+    """A layer, and a function of it and an input."""
+
+    def __init__(self, function: Callable[[Any, torch.Tensor], Any]) -> None:
+        super().__init__()
+        self.lin = nn.Linear(4, 4)
+        self.same, self.flat, self.drop = nn.Identity(), nn.Flatten(), nn.Dropout(0.5)
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.function(self, x)
+
+
+VIEWS: dict[str, Callable[[Any, torch.Tensor], Any]] = {
+    "view": lambda m, y: y.view(8, 2),
+    "getitem": lambda m, y: y[0],
+    "picked": lambda m, y: y[[0]],
+    "expand": lambda m, y: y.expand(2, 4, 4),
+    "reshape": lambda m, y: y.reshape(-1),
+    "contiguous": lambda m, y: y.contiguous(),
+    "made contiguous": lambda m, y: y.t().contiguous(),
+    "dropout": lambda m, y: F.dropout(y, 0.5, m.training),
+    "dropout layer": lambda m, y: m.drop(y),
+    "layers": lambda m, y: m.flat(m.same(y)),
+    "chunks": lambda m, y: y.chunk(2)[1],
+    "detached": lambda m, y: y.detach().view(-1),
+    "as integers": lambda m, y: y.view(torch.int32),
+    "weight": lambda m, y: m.lin.weight.t(),
+    "sum": lambda m, y: y.sum(),
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", VIEWS)
+def test_a_view_taken_under_no_grad_requires_grad_as_its_tensor_does(
+    name: str, training: bool
+) -> None:
+    def function(m: Any, x: torch.Tensor) -> Any:
+        y = m.lin(x)
+        with torch.no_grad():
+            z = VIEWS[name](m, y)
+        return z * 2, z
+
+    x = torch.randn(4, 4)
+    traced = fxlora.trace(Under(function).train(training), (x,))
+    assert disagreements(traced, x) == []
+    assert disagreements(traced.train(not training), x) == []
+
+
+def _written_through_one_of_two_views(m: Any, x: torch.Tensor) -> Any:
+    y = x * 1
+    one, other, detached = y.view(-1), y.t(), y.detach()
+    one.add_(m.lin(x).view(-1))
+    return y, other, detached
+
+
+def _switched_off(m: Any, x: torch.Tensor) -> Any:
+    y = m.lin(x)
+    view = y.view(-1)
+    early = y * 2
+    y.detach_()
+    return early, y * 2, view.view(2, 8) * 2
+
+
+CHANGES: dict[str, Callable[[Any, torch.Tensor], Any]] = {
+    "written through one of two views": _written_through_one_of_two_views,
+    "switched off": _switched_off,
+    "switched on": lambda m, x: (y := m.lin(x).detach(), y.view(-1), y.requires_grad_(), y * 2),
+    "left off": lambda m, x: m.lin(x).detach().requires_grad_(requires_grad=False) * 2,
+    "left off by position": lambda m, x: m.lin(x).detach().requires_grad_(False) * 2,
+    "made with it": lambda m, x: torch.zeros_like(m.lin(x), requires_grad=True) * 2,
+    "of the same device": lambda m, x: torch.eye(4, device=m.lin(x).device) * 2,
+    "of the same dtype": lambda m, x: torch.tensor(2.0, dtype=m.lin(x).dtype) * 2,
+    "counted": lambda m, x: (m.lin(x).norm(p=0), torch.linalg.vector_norm(m.lin(x), 0)),
+    "together": lambda m, x: [t * 2 for t in torch.broadcast_tensors(m.lin(x), x, x[0])],
+    "gridded": lambda m, x: [t * 2 for t in torch.meshgrid(m.lin(x)[0], x[0], indexing="ij")],
+    "into integers": lambda m, x: (i := x.long(), i.__setitem__(0, m.lin(x)[0]), i.float() * 2),
+    "a statistic": lambda m, x: (s := x[0] * 1, F.batch_norm(m.lin(x), s, x[1].abs(), None, None, True)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_flags_are_autograd_s_where_a_tensor_changes(name: str) -> None:
+    x = torch.randn(4, 4)
+    traced = fxlora.trace(Under(CHANGES[name]), (x,))
+    assert disagreements(traced, x) == []
+
+
+def test_positions_by_the_size_of_an_input_require_no_grad() -> None:
+    class Positions(nn.Embedding):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(torch.arange(x.shape[1], device=x.device))
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.places, self.two = nn.Linear(4, 4), Positions(8, 4), nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.one(x)
+            return self.two(h + self.places(h))
+
+    x = torch.randn(2, 3, 4)
+    lora = fxlora.rewrite(fxlora.trace(Model(), (x,)), LoraConfig(target_modules=["one"]))
+    assert disagreements(lora, x) == []
+
+
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"bias": "lora_only"}])
+def test_flags_are_autograd_s_behind_an_adapter(settings: dict[str, Any]) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    config = LoraConfig(target_modules=["0", "2"], **settings)
+    x = torch.randn(2, 4)
+    lora = fxlora.rewrite(fxlora.trace(model, (x,)), config)
+    assert disagreements(lora, x) == []

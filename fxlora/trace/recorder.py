@@ -54,6 +54,24 @@ def _storage(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata if strided else id(tensor)
 
 
+def _is_fake(tensor: torch.Tensor) -> bool:
+    return isinstance(tensor, torch._subclasses.FakeTensor)
+
+
+def _place(given: tuple[Any, Any], storage: int) -> tuple[Any, ...] | None:
+    """Returns where among positional and named arguments the first tensor in this memory is."""
+    args, kwargs = given
+    for key, value in (*enumerate(args), *kwargs.items()):
+        if isinstance(value, torch.Tensor):
+            if _storage(value) == storage:
+                return (key,)
+        elif isinstance(value, (list, tuple)):
+            inner = _place((value, {}), storage)
+            if inner is not None:
+                return (key, *inner)
+    return None
+
+
 class Recorder(TorchFunctionMode):
     """Turns what a model does to tensors into nodes.
 
@@ -106,11 +124,13 @@ class Recorder(TorchFunctionMode):
 
     # ---- what a tensor is called -------------------------------------------------------------
 
-    def bind(self, tensor: torch.Tensor, node: Node) -> None:
-        """Lets `tensor` stand for `node` from now on."""
+    def bind(self, tensor: torch.Tensor, node: Node) -> bool:
+        """Lets `tensor` stand for `node` from now on; says whether others share its memory."""
         self._keep.append(tensor)
         self._nodes[id(tensor)] = node
-        self._sharing.setdefault(_storage(tensor), []).append(node)
+        sharing = self._sharing.setdefault(_storage(tensor), [])
+        sharing.append(node)
+        return len(sharing) > 1
 
     def rename(self, tensor: torch.Tensor, fake: torch.Tensor) -> None:
         """Lets a fake go by the names of the buffer it stands in for."""
@@ -160,6 +180,7 @@ class Recorder(TorchFunctionMode):
         self._describe(node, tensor)
         if name not in self.constants and len(self._names[id(tensor)]) > 1:
             self._keep.append(tensor)  # read again under another name: do not bind
+            self._sharing.setdefault(_storage(tensor), []).append(node)
         else:
             self.bind(tensor, node)
         return node
@@ -273,8 +294,11 @@ class Recorder(TorchFunctionMode):
             self._overwrite(changed, node)
         if name == "requires_grad_" and id(inputs[0]) not in self._names:
             changed = inputs[:1]  # a tensor of the run's own stays a leaf
+        if any(t is out for t in inputs):
+            node.meta["handed_on"] = True
         out = self._fresh(out, inputs, changed)
-        self._bind_results(out, node, inputs)
+        given = (args[1:] if op == "call_module" else args, kwargs)
+        self._bind_results(out, node, given if all(map(_is_fake, inputs)) else None)
         return out
 
     def _guarded(self, before: int) -> bool:
@@ -330,26 +354,36 @@ class Recorder(TorchFunctionMode):
             return type(out)(self._fresh(o, inputs, changed) for o in out)
         return out
 
-    def _bind_results(self, out: Any, node: Node, inputs: list[torch.Tensor]) -> None:
+    def _bind_results(self, out: Any, node: Node, given: tuple[Any, Any] | None) -> None:
+        """Binds the results of a call.
+
+        Args:
+            out: what it gave.
+            node: its node, or that of a part of it.
+            given: its positional and named arguments; None where one is a parameter, whose memory
+                is not the one torch lets fake results share.
+        """
         if isinstance(out, torch.Tensor):
             meta = node.meta
             meta["shape"] = tuple(sizes.dimension(d) for d in out.shape)
             meta["dtype"] = out.dtype
-            self.bind(out, node)
+            shares = self.bind(out, node)
+            if given is not None:
+                meta["alias"] = _place(given, _storage(out)) if shares else None
         elif isinstance(out, dict):
             for k, v in out.items():
-                self._bind_part(v, node, k, inputs)
+                self._bind_part(v, node, k, given)
         elif isinstance(out, (list, tuple)):
             for i, v in enumerate(out):
-                self._bind_part(v, node, i, inputs)
+                self._bind_part(v, node, i, given)
 
-    def _bind_part(self, value: Any, node: Node, key: Any, inputs: list[torch.Tensor]) -> None:
+    def _bind_part(self, value: Any, node: Node, key: Any, given: Any) -> None:
         if next(tensors_in(value), None) is None:
             return
         with _quiet():
             part = self.graph.call_function(operators.getitem, (node, key))
         part.meta.update({k: v for k, v in node.meta.items() if k not in ("mutates", "shape")})
-        self._bind_results(value, part, inputs)
+        self._bind_results(value, part, given)
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:
