@@ -258,12 +258,8 @@ def run_memory(a: argparse.Namespace) -> int:
     alone = a.sweep and not given(a, _NAMING)
     if alone:
         others = {k: v for k, v in {**SAID_BY_CONFIG, "reach": "--reach"}.items() if k != "rank"}
-        refuse(
-            a,
-            others,
-            "--sweep without -t",
-            "the configurations it compares take -r alone, and yours needs -t",
-        )
+        why = "the configurations it compares take -r alone, and yours needs -t"
+        refuse(a, others, "--sweep without -t", why)
     config = config_of(a)
     model, (args, kwargs) = build(a.model, a.dtype, a.architecture)
     import fxlora

@@ -73,7 +73,7 @@ LAYERS = [
     ["explain", "memory_sweep"],
     ["explain_report"],
     ["report"],
-    ["lint.finding", "lint.flow"],
+    ["lint.definitions", "lint.finding", "lint.flow"],
     ["lint.context"],
     [
         "lint.rules_effects",

@@ -173,6 +173,10 @@ def module_of(folder: Path, **comments: str) -> ModuleType:
     path = folder / f"{name}.py"
     comments = {"a": "", "b": "", "unused": "", "call": "", **comments}
     path.write_text(MODEL.format(**comments), encoding="utf-8")
+    return loaded(name, path)
+
+
+def loaded(name: str, path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
@@ -221,6 +225,85 @@ def test_a_layer_that_is_never_called_is_suppressed_where_it_is_defined(tmp_path
     assert all(f.place is not None and f.place.line == 11 for f in found)
     found = suppressed(tmp_path, targets, unused="# fxlora: ignore[FXL203,FXL301]")
     assert rows(found) == []
+
+
+PLACES = """
+import torch
+from collections import OrderedDict
+from torch import nn
+class Model(nn.Module):
+    def __init__(this):
+        super().__init__()
+        this.a, this.b = nn.Linear(4, 4), nn.Linear(4, 4)  # line a b
+        this.c, this.d = (
+            nn.Linear(4, 4),  # line c
+            nn.Linear(4, 4),  # line d
+        )
+        this.register_module("e", nn.Linear(4, 4))  # line e
+        this.add_module("f", module=nn.Linear(4, 4))  # line f
+        setattr(this, "g", nn.Linear(4, 4))  # line g
+        this.net = nn.Sequential(  # line none
+            nn.Linear(4, 4),  # line net.0
+            nn.Sequential(
+                nn.ReLU(),
+                nn.Linear(4, 4),  # line net.1.1
+            ),
+            *[
+                nn.Linear(4, 4)  # line net.2 net.3
+                for _ in range(2)
+            ],
+            nn.Linear(4, 4),  # line net.4
+        )
+        this.named = nn.Sequential(OrderedDict([
+            ("x", nn.Linear(4, 4)),  # line named.x
+            ("y", nn.Linear(4, 4)),  # line named.y
+        ]))
+        this.rows = nn.ModuleList([
+            nn.Linear(4, 4),  # line rows.0
+            nn.Linear(4, 4),  # line rows.1
+        ])
+        this.many = nn.ModuleList(
+            nn.Linear(4, 4)  # line many.0 many.1
+            for _ in range(2)
+        )
+        this.table = nn.ModuleDict({
+            "q": nn.Linear(4, 4),  # line table.q
+            "k": nn.Linear(4, 4),  # line table.k
+        })
+        this.grown = nn.ModuleList([
+            nn.Linear(4, 4),  # line none
+        ])
+        this.grown.insert(0, nn.Linear(4, 4))
+    def forward(this, x):
+        layers = [m for m in this.modules() if isinstance(m, nn.Linear)]
+        for m in layers:
+            x = m(x)
+        return x
+"""
+
+
+def hidden_by(folder: Path, line: str) -> list[str]:
+    """Returns the layers of PLACES whose finding a comment on one of its lines hides."""
+    name = f"places_{next(COUNT)}"
+    path = folder / f"{name}.py"
+    commented = PLACES.replace(f"{line}\n", f"{line}  # fxlora: ignore[FXL301]\n")
+    path.write_text(commented, encoding="utf-8")
+    model = loaded(name, path).Model()
+    layers = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+    config = LoraConfig(r=8, target_modules=layers)
+    report = lint(fxlora.trace(model, (torch.zeros(2, 4),)), config, Settings(select=("FXL301",)))
+    found = {site for f in report for site in f.sites}
+    return [n for n in layers if n not in found]
+
+
+LINES = [line.strip() for line in PLACES.splitlines() if "# line" in line]
+
+
+@pytest.mark.parametrize("line", LINES, ids=[x.partition("# line ")[2] for x in LINES])
+def test_a_comment_is_found_where_a_layer_is_made(tmp_path: Path, line: str) -> None:
+    sites = line.partition("# line ")[2].split()
+    hidden = hidden_by(tmp_path, line)
+    assert hidden == ([] if sites == ["none"] else sites)
 
 
 @pytest.mark.parametrize(("comments", "where", "message"), [

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import ast
 import inspect
 import linecache
 import re
-import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
-
-from torch import nn
 
 from fxlora.errors import ConfigError
 from fxlora.facts import info
 from fxlora.lint.catalog import selected
 from fxlora.lint.context import Context
+from fxlora.lint.definitions import definition
 from fxlora.lint.finding import Hit, Place, Rule
 from fxlora.lint.settings import Settings
 from fxlora.sites import Site
@@ -122,7 +118,7 @@ def _lines(context: Context, site: Site) -> Iterator[tuple[str, int]]:
         source = call.node.meta.get("source")
         if source is not None:
             yield source.file, source.line
-    defined = definition(context, site)
+    defined = definition(info(context.traced).model, site.name)
     if defined is not None:
         file, first, last = defined
         for line in range(first, last + 1):
@@ -138,7 +134,7 @@ def place(context: Context, site: Site) -> Place | None:
     # Of a call without code of the model's own, such as nn.Sequential's, the line is the trace's.
     lines = [c.node.meta["source"] for c in site.calls if "source" in c.node.meta]
     source = next((s for s in lines if s.file in files), None)
-    defined = definition(context, site)
+    defined = definition(info(context.traced).model, site.name)
     # A bare parameter is multiplied in a helper many models share; its own line says more.
     if source is None or (site.kind == "Parameter" and defined is not None):
         return None if defined is None else Place(short_file(defined[0]), defined[1], "__init__")
@@ -156,19 +152,6 @@ def short_file(file: str) -> str:
         return file.rpartition("/")[2]
 
 
-def definition(context: Context, site: Site) -> tuple[str, int, int] | None:
-    """Returns (file, first line, last line) of the statement that makes a site's module."""
-    owner, _, last = site.name.rpartition(".")
-    model: nn.Module = info(context.traced).model
-    for cls in type(model.get_submodule(owner)).__mro__:
-        if cls in (nn.Module, object):
-            break
-        found = _assignments(cls).get(last)
-        if found is not None:
-            return found
-    return None
-
-
 @lru_cache(maxsize=16)
 def _files(classes: frozenset[type]) -> frozenset[str]:
     """Returns the files the classes of a model are written in, those of torch left out."""
@@ -181,28 +164,3 @@ def _files(classes: frozenset[type]) -> frozenset[str]:
         except (OSError, TypeError):
             continue
     return frozenset(f for f in found if f is not None)
-
-
-@lru_cache(maxsize=256)
-def _assignments(cls: type) -> dict[str, tuple[str, int, int]]:
-    """Returns attribute -> where a class assigns it to self."""
-    try:
-        file = inspect.getsourcefile(cls)
-        source, start = inspect.getsourcelines(cls)
-        tree = ast.parse(textwrap.dedent("".join(source)))
-    except (OSError, TypeError, SyntaxError):
-        return {}
-    found: dict[str, tuple[str, int, int]] = {}
-    for node in ast.walk(tree):
-        targets: list[Any] = []
-        if isinstance(node, ast.Assign):
-            targets = node.targets
-        elif isinstance(node, ast.AnnAssign):
-            targets = [node.target]
-        for t in targets:
-            own = isinstance(t, ast.Attribute) and getattr(t.value, "id", "") == "self"
-            if own and file is not None:
-                first = start + node.lineno - 1  # type: ignore[attr-defined]
-                end = getattr(node, "end_lineno", None) or node.lineno  # type: ignore[attr-defined]
-                found.setdefault(t.attr, (file, first, start + end - 1))
-    return found
