@@ -12,6 +12,8 @@ Every node of a traced graph carries, in `node.meta`:
   came from. Absent where the trace cannot tell (no example inputs, a parameter among the arguments)
   and on nodes that were inserted.
 - `"handed_on"`: True where the result is that argument itself (`x.to(x.dtype)`, nn.Identity).
+- `"requires_grad"`: of an input whether the example's did; True where a hook of a layer asks for the
+  gradient of its result.
 - `"grad_enabled"`: False inside `torch.no_grad()`; absent elsewhere.
 - `"autocast"`: (device type, dtype) inside a `torch.autocast(...)` of the model's own.
 

@@ -157,7 +157,7 @@ def _flag(root: GraphModule, node: Node, name: str, flags: dict[Node, bool], on:
         module = root.get_submodule(str(node.target))
         if any(p.requires_grad for p in module._parameters.values() if p is not None):
             return True
-    return any(flags[n] for n in _sources(node, name))
+    return any(flags[n] for n in _halves(node, _sources(node, name)))
 
 
 def _cuts(name: str) -> bool:

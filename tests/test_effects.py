@@ -129,6 +129,9 @@ def agree(case: Case) -> None:
         return
     found = arrived(lora, list(leaves(lora(*args, **kwargs))))
     assert reached_parameters(lora) == found
+    names = [str(n.target) for n in lora.graph.nodes if n.op == "placeholder"]
+    given = dict(zip(names, args, strict=False)) | kwargs
+    assert disagreements(lora, *(given[n] for n in names)) == []
     found_live = list(effects(lora))
     moved = {e.site for e in found_live if moves(lora, e)}
     for seed in range(8):

@@ -15,6 +15,7 @@ from zoo import ZOO
 
 import fxlora
 from fxlora.gradients import requires_grad
+from fxlora.lint import Options, Settings, lint
 
 
 class Recorder(Interpreter):
@@ -211,3 +212,65 @@ def test_flags_are_autograd_s_behind_an_adapter(settings: dict[str, Any]) -> Non
     x = torch.randn(2, 4)
     lora = fxlora.rewrite(fxlora.trace(model, (x,)), config)
     assert disagreements(lora, x) == []
+
+
+def test_attention_s_weights_do_not_require_grad_for_its_output_layer_s_sake() -> None:
+    class Weights(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mha = nn.MultiheadAttention(4, 2)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            out, weights = self.mha(x, x, x)
+            return out * 2, weights * 2
+
+    x = torch.randn(2, 3, 4)
+    lora = fxlora.rewrite(fxlora.trace(Weights(), (x,)), LoraConfig(target_modules=["mha"]))
+    for p in lora.mha.lora_A.parameters():
+        p.requires_grad_(False)
+    for p in lora.mha.lora_B.parameters():
+        p.requires_grad_(False)
+    assert disagreements(lora, x) == []
+
+
+def asked(out: torch.Tensor) -> None:
+    out.requires_grad_()
+
+
+def set_on(out: torch.Tensor) -> None:
+    out.requires_grad = True
+
+
+def asked_for_nothing(out: torch.Tensor) -> None:
+    out.requires_grad_(False)
+
+
+@pytest.mark.parametrize("ask", [asked, set_on, asked_for_nothing])
+def test_a_hook_that_asks_for_a_gradient_is_heard(ask: Callable[[torch.Tensor], None]) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    for p in model[0].parameters():
+        p.requires_grad_(False)
+    model[0].register_forward_hook(lambda m, args, out: ask(out))
+    x = torch.randn(2, 4)
+    traced = fxlora.trace(model, (x,))
+    assert disagreements(traced, x) == []
+    lora = fxlora.rewrite(traced, LoraConfig(target_modules=["2"]))
+    assert disagreements(lora, x) == []
+
+
+def test_gradients_asked_of_a_model_s_inputs_are_heard_and_pass_a_checkpoint() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Qwen2Config(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=99,
+    )  # fmt: skip
+    model = transformers.Qwen2ForCausalLM(config).train()
+    model.enable_input_require_grads()
+    kwargs = {"input_ids": torch.ones(2, 6, dtype=torch.long), "use_cache": False}
+    settings = LoraConfig(target_modules=["down_proj"], layers_to_transform=[1])
+    traced = fxlora.trace(model, (), kwargs)
+    lora = fxlora.rewrite(traced, settings)
+    order = [str(n.target) for n in lora.graph.nodes if n.op == "placeholder"]
+    assert disagreements(lora, *(kwargs[n] for n in order)) == []
+    reentrant = Settings(options=Options(gradient_checkpointing="reentrant"))
+    assert "FXL407" not in {f.rule for f in lint(traced, settings, reentrant)}

@@ -119,10 +119,35 @@ class Written(nn.Module):
         self.how = how
         self.lin = _lin()
         self.two = _lin()
+        self.same, self.drop = nn.Identity(), nn.Dropout(0.5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y, z = self.lin(x), self.two(x)
         out = torch.zeros_like(x)
+        if self.how == "through a cast":
+            out.to(x.dtype).type_as(x).add_(y)
+            return out + z
+        if self.how == "through a layer":
+            self.same(out).add_(y)
+            return out + z
+        if self.how == "through a dropout":
+            self.drop(out).add_(y)
+            return out + F.dropout(z, 0.25, self.training)
+        if self.how == "through one of two views":
+            one, other = out.view(-1), out.t()
+            one.add_(y.reshape(-1))
+            return other.t() + z
+        if self.how == "covered by a view":
+            y[:, :] = z
+            y.view(-1)[:].add_(x.reshape(-1))
+            return y
+        if self.how == "through a detached":
+            y.detach().add_(z)
+            return y + x
+        if self.how == "view under no_grad":
+            with torch.no_grad():
+                seen = y[None]
+            return seen[0] + z
         if self.how == "chain":
             out.add_(y).add_(z)
             return out
@@ -282,6 +307,8 @@ _FLAT = "round sign floor ceil trunc mode beside fill_".split()
 _WRITES = (
     "chain", "under no_grad", "copy by index", "view of a view", "into a detached",
     "before the write", "twice", "covered", "covered, then viewed", "out=", "index_copy_",
+    "through a cast", "through a layer", "through a dropout", "through one of two views",
+    "covered by a view", "through a detached", "view under no_grad",
 )  # fmt: skip
 WALLS = (
     _part(Flat, how=(*_FLAT, "straight through", "zero_ a part")),

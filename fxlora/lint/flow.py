@@ -284,6 +284,8 @@ def _block_of(node: Node, outer: Collection[str]) -> str:
 def _still(lora: GraphModule, node: Node, real: dict[Node, bool]) -> bool:
     if node.op in ("get_attr", "placeholder") or "requires_grad" in node.meta:
         return True
+    if target_name(node) == "requires_grad_":
+        return True  # asked for by a hook of what comes before the blocks
     if node.op == "call_module":
         module = lora.get_submodule(str(node.target))
         if any(p is not None and p.requires_grad for p in module._parameters.values()):

@@ -20,6 +20,8 @@ from fxlora.trace.likeness import Maker
 from fxlora.trace.regions import AutocastRegions, GradRegions
 from fxlora.trace.shell import tree
 
+# What asks for a tensor's gradient (transformers' enable_input_require_grads does, in a hook).
+_ASKS = (torch.Tensor.requires_grad_, torch.Tensor.requires_grad.__set__)  # type: ignore[attr-defined]
 _SKIP = (os.path.dirname(torch.__file__), os.path.dirname(os.path.dirname(__file__)))
 
 
@@ -97,6 +99,7 @@ class Recorder(TorchFunctionMode):
         self.stack: list[Frame] = []
         self.constants: dict[str, torch.Tensor] = {}
         self.paused = 0
+        self.asked: list[torch.Tensor] = []
         self.in_op = 0
         self.mode_reads: list[str] = []
         self.failed: str | None = None
@@ -230,6 +233,8 @@ class Recorder(TorchFunctionMode):
         """Runs one torch call and records it."""
         kwargs = kwargs or {}
         if self.paused:
+            if func in _ASKS and {*args[1:], *kwargs.values()} <= {True}:
+                self.asked.append(args[0])  # by a hook of a leaf, or inside it
             return func(*args, **kwargs)
         if func is torch._C._set_grad_enabled:
             before = torch.is_grad_enabled()
@@ -296,6 +301,10 @@ class Recorder(TorchFunctionMode):
             changed = inputs[:1]  # a tensor of the run's own stays a leaf
         if any(t is out for t in inputs):
             node.meta["handed_on"] = True
+        if self.asked:
+            if any(t is out for t in self.asked):
+                node.meta["requires_grad"] = True
+            self.asked.clear()
         out = self._fresh(out, inputs, changed)
         given = (args[1:] if op == "call_module" else args, kwargs)
         self._bind_results(out, node, given if all(map(_is_fake, inputs)) else None)
