@@ -8,6 +8,7 @@ for it: which sites are adapted, what is frozen, dropout and the dtypes all foll
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -20,6 +21,7 @@ from fxlora.errors import ConfigError, TraceError, did_you_mean
 from fxlora.facts import check_plain, info
 from fxlora.html import Printed
 from fxlora.text import table
+from fxlora.trace.arguments import tensors_inside
 from fxlora.trace.bulk import copy_graph
 from fxlora.trace.shell import shell
 from fxlora.trace.tracer import graph_module
@@ -284,9 +286,11 @@ def _fake(graph: GraphModule) -> GraphModule:
 
 
 def _fake_tensor(value: Any) -> Any:
-    if not isinstance(value, torch.Tensor):
-        return value
-    return torch.empty(value.shape, dtype=value.dtype, device="cpu")
+    """Returns a fake of a tensor, or a copy of whatever holds tensors with fakes in their place."""
+    if isinstance(value, torch.Tensor):
+        return torch.empty(value.shape, dtype=value.dtype, device="cpu")
+    fakes = {id(t): _fake_tensor(t) for t in tensors_inside(value)}
+    return copy.deepcopy(value, fakes) if fakes else value
 
 
 # ---- what autograd saves -------------------------------------------------------------------------
@@ -306,8 +310,8 @@ class _Saved:
         Raises:
             TraceError: names the node that does not run on fake tensors.
         """
-        held = [*self._fake.parameters(), *self._fake.buffers(), *args, *kwargs.values()]
-        seen = {_storage(t) for t in held if isinstance(t, torch.Tensor)}
+        given = tensors_inside([*args, *kwargs.values()])
+        seen = {_storage(t) for t in (*self._fake.parameters(), *self._fake.buffers(), *given)}
         at: list[Node] = []
 
         def pack(t: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +16,8 @@ from zoo import ZOO
 import fxlora
 from fxlora.errors import ConfigError
 from fxlora.memory import memory, sweep_text
+from fxlora.trace.arguments import tensors_inside
+from fxlora.trace.recorder import Recorder
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -156,3 +160,77 @@ def test_a_missing_input_is_named() -> None:
     traced = fxlora.trace(llama(), (), kwargs)
     with pytest.raises(ConfigError, match="no input 'input_ids' was given"):
         memory(traced, (), {"use_cache": False})
+
+
+class Batch(NamedTuple):
+    x: torch.Tensor
+    more: Any
+
+
+@dataclass
+class Fields:
+    x: torch.Tensor
+    more: Any
+
+
+@pytest.mark.parametrize(
+    "nest",
+    [
+        lambda x, y: (x, y),
+        lambda x, y: {"x": x, "more": [y]},
+        Batch,
+        lambda x, y: Batch(x, {"y": (y, 3)}),
+        Fields,
+    ],
+    ids=["tuple", "dict", "named", "named and nested", "dataclass"],
+)
+def test_inputs_inside_of_others_are_no_more_saved_than_inputs(nest: Any) -> None:
+    def flat(value: Any) -> list[torch.Tensor]:
+        return list(tensors_inside([value]))
+
+    class Takes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(8, 8)
+
+        def forward(self, given: Any) -> torch.Tensor:
+            x, y = flat(given)
+            return self.a(x) * y
+
+    given = nest(torch.randn(4, 8), torch.randn(4, 8))
+    lora = fxlora.rewrite(fxlora.trace(Takes(), (given,)), LoraConfig(r=2, target_modules=["a"]))
+    found = memory(lora, (given,))
+    assert found.saved == 4 * 2 * 4  # A x alone
+    assert all(type(t) is torch.Tensor for t in flat(given))
+
+
+def test_a_model_with_a_function_of_its_own_is_measured() -> None:
+    config = transformers.BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=99)
+    model = transformers.BloomForCausalLM(config)
+    kwargs = {"input_ids": torch.randint(3, 90, (2, 8)), "use_cache": False}
+    lora = fxlora.rewrite(
+        fxlora.trace(model, (), kwargs), LoraConfig(r=2, target_modules="all-linear")
+    )
+    assert memory(lora, (), kwargs).saved == really_saved(lora, kwargs)
+
+
+def test_a_graph_that_runs_adds_nothing_to_what_was_traced() -> None:
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x * 2
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+            return grad * 2
+
+    class Has(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return Twice.apply(x) + Twice.apply(-x) * 3
+
+    x = torch.randn(2)
+    traced = fxlora.trace(Has(), (x,))
+    first, second = (n.target for n in traced.graph.nodes if n.name.startswith("apply"))
+    assert first is second
+    with mock.patch.object(Recorder, "run", side_effect=AssertionError("it is recorded again")):
+        assert torch.equal(traced(x), Has()(x))

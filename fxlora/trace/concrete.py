@@ -28,7 +28,7 @@ from torch.fx.experimental.symbolic_shapes import (
 
 from fxlora.errors import GuardError, TraceError
 from fxlora.facts import Source
-from fxlora.trace import arguments, known, sizes
+from fxlora.trace import arguments, known, operators, sizes
 from fxlora.trace.guards import InputGuards
 from fxlora.trace.likeness import Maker, Results
 from fxlora.trace.paths import Paths
@@ -343,7 +343,7 @@ def _watchers(recorder: Recorder) -> Iterator[Any]:
         if recorder.paused or any(callable(a) for a in args):
             return original(*args, **kwargs)  # checkpointing: what it runs is what counts
         # One node: its backward is its own, not that of the operations inside.
-        spelling = lambda: ("call_function", cls.apply)  # noqa: E731
+        spelling = lambda: ("call_function", operators.applied(cls))  # noqa: E731
         return recorder.run(original, args, kwargs, spelling, cls.__name__)
 
     yield mock.patch.object(function, "apply", classmethod(applied))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from typing import Any
 
@@ -123,6 +124,30 @@ def _is_method(func: Any, name: str, args: tuple[Any, ...]) -> bool:
         return False
     found = getattr(torch.Tensor, name, None)
     return found is func or getattr(func, "__objclass__", None) is torch._C.TensorBase
+
+
+class Applied:
+    """The target of a node that calls an autograd function of the model's own.
+
+    While a model is traced `cls.apply` is a patch that records, so no graph may hold on to that; and
+    torch.fx would look for torch's own under the name `torch.autograd.function.apply`.
+    """
+
+    __module__ = __name__
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+        self.__name__ = self.__qualname__ = "apply"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Applies the function."""
+        return self.function.apply(*args, **kwargs)
+
+
+@functools.cache
+def applied(function: Any) -> Applied:
+    """Returns the target for calls of an autograd function, the same one for each."""
+    return Applied(function)
 
 
 def _grouped_mm(a: torch.Tensor, b: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
