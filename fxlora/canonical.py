@@ -184,10 +184,13 @@ class _Canonicaliser:
         if isinstance(module, TrainOnly):
             function = getattr(module.function, "__name__", repr(module.function))
             return f"in train mode {function}", ("train only", function, *args)
+        # By name: what removes a parametrization registers the weight anew, behind the bias.
         held = tuple(
-            (k, None if p is None else self._held(p)) for k, p in module._parameters.items()
+            (k, None if p is None else self._held(p)) for k, p in sorted(module._parameters.items())
         )
-        buffers = tuple((k, tuple(b.shape)) for k, b in module._buffers.items() if b is not None)
+        buffers = tuple(
+            (k, tuple(b.shape)) for k, b in sorted(module._buffers.items()) if b is not None
+        )
         kind = f"{type(module).__module__}.{type(module).__qualname__}"
         label = f"{type(module).__name__} {self._name(str(node.target))}"
         return label, ("module", kind, module.extra_repr(), held, buffers, *args)

@@ -115,6 +115,8 @@ def _set_apart(root: nn.Module, graph: Graph, planned: PlannedSite) -> None:
     A call by another name of the module, and a read of its weight past the module, are not adapted;
     after a merge they must still find the base weight.
     """
+    if planned.form == "delta" and not planned.everywhere:
+        _part_alias(root, planned)
     if planned.kind == "Parameter" and not planned.everywhere:
         _read_apart(root, graph, planned)
     if planned.form == "delta" or planned.everywhere:
@@ -122,7 +124,8 @@ def _set_apart(root: nn.Module, graph: Graph, planned: PlannedSite) -> None:
     parent, _, last = planned.site.owner.rpartition(".")
     layer = root.get_submodule(planned.site.owner)
     aliases = [n for n, m in root.named_modules(remove_duplicate=False) if m is layer]
-    reads = [n for n in graph.nodes if n.op == "get_attr" and n.target == planned.site.weight_name]
+    names = planned.weight_names
+    reads = [n for n in graph.nodes if n.op == "get_attr" and n.target in names]
     if len(aliases) < 2 and not reads:
         return
     apart = shell(layer)
@@ -133,14 +136,24 @@ def _set_apart(root: nn.Module, graph: Graph, planned: PlannedSite) -> None:
     root.get_submodule(parent)._modules[last] = apart
 
 
+def _part_alias(root: nn.Module, planned: PlannedSite) -> None:
+    """Gives the module whose weights an adapter changes one of its own, where it has other names."""
+    parent, _, last = planned.scope.rpartition(".")
+    module = root.get_submodule(planned.scope)
+    aliases = [n for n, m in root.named_modules(remove_duplicate=False) if m is module]
+    if any(n not in planned.scopes for n in aliases):
+        root.get_submodule(parent)._modules[last] = shell(module)
+
+
 def _read_apart(root: nn.Module, graph: Graph, planned: PlannedSite) -> None:
     """Lets what reads a parameter outside its module's calls, where no adapter is, keep the base."""
     if not any(planned.reaches(c) for c in planned.site.calls):
         return  # nothing is merged
     name = planned.site.weight_name
     owner, _, last = name.rpartition(".")
-    for node in [n for n in graph.nodes if n.op == "get_attr" and n.target == name]:
-        outside = [u for u in node.users if not inside(u, planned.scope)]
+    names = planned.weight_names
+    for node in [n for n in graph.nodes if n.op == "get_attr" and n.target in names]:
+        outside = [u for u in node.users if not inside(u, planned.scopes)]
         if not outside:
             continue
         module = root.get_submodule(owner)

@@ -26,7 +26,7 @@ from fxlora.freezing import bias_trains
 from fxlora.html import Printed
 from fxlora.layers import AdapterShape
 from fxlora.reach import checked, one_call, with_slices
-from fxlora.sites import Call, Site, kind_of, sites
+from fxlora.sites import Call, Places, Site, kind_of, sites
 from fxlora.targets import AllLinear, model_type, resolve_targets
 from fxlora.text import table
 from fxlora.trace.bulk import uncollected
@@ -50,7 +50,8 @@ class PlannedSite:
         scaling: the factor on B(A(x)).
         experts: the number of maps a 3-D parameter holds; 1 for everything else.
         prefix: where the adapter hangs, below the model.
-        scope: the module during whose calls an adapter added to the weight is in effect.
+        scopes: the names of the module during whose calls an adapter added to the weight is in
+            effect; `scope` is the first of them.
         adapter: the parameters the adapter has; None when there is none.
         casts_branch: whether the branch is cast to the base's dtype before the sum.
         everywhere: whether every use of the weight is adapted, past the module too.
@@ -65,7 +66,7 @@ class PlannedSite:
     scaling: float = 0.0
     experts: int = 1
     prefix: str = ""
-    scope: str = ""
+    scopes: tuple[str, ...] = ()
     adapter: AdapterShape | None = None
     casts_branch: bool = False
     everywhere: bool = False
@@ -86,6 +87,17 @@ class PlannedSite:
         return self.verdict == "adapted"
 
     @property
+    def scope(self) -> str:
+        """The first name of the module during whose calls an adapter of the weight is in effect."""
+        return self.scopes[0] if self.scopes else ""
+
+    @property
+    def weight_names(self) -> tuple[str, ...]:
+        """The names by which the weight is read where its adapter is in effect."""
+        below = self.site.weight_name.removeprefix(f"{self.scope}.")
+        return tuple(f"{s}.{below}" for s in self.scopes)
+
+    @property
     def rank(self) -> int:
         """The rank, as the papers call it."""
         return self.r
@@ -97,15 +109,17 @@ class PlannedSite:
 
     @property
     def bypassed(self) -> int:
-        """How many calls read the weight where the adapter is not in effect."""
-        return sum(not (c.through_module or self.everywhere) for c in self.site.calls)
+        """How many calls read the weight where the adapter is not in effect, or where PEFT's is not."""
+        if self.adapted:
+            return sum(not self.reaches(c) for c in self.site.calls)
+        return sum(not c.through_module for c in self.site.calls)
 
     def reaches(self, call: Call) -> bool:
         """Says whether the adapter is in effect at a call of the site's weight."""
         if self.everywhere:
             return True
         if self.form == "delta":
-            return any(f.path == self.scope for f in call.node.meta.get("module_stack", ()))
+            return any(f.path in self.scopes for f in call.node.meta.get("module_stack", ()))
         # PEFT puts the adapter where the first name of a module stands: an alias keeps the base.
         return call.through_module and call.node.op == "call_module"
 
@@ -375,6 +389,7 @@ def _all_sites(traced: GraphModule, config: Any) -> list[Site]:
     known = {s.weight_name for s in found if s.kind == "Parameter"}
     owners = {s.name: s for s in found if s.kind != "Parameter"}
     own = dict(_own_parameters(traced))
+    places = Places(dict(tree(info(traced).model)))
     held = dict(tree(traced))
     called = {
         id(held.get(str(n.target))) for n in traced.graph.nodes if n.op == "call_module"
@@ -391,11 +406,13 @@ def _all_sites(traced: GraphModule, config: Any) -> list[Site]:
                 f"target_parameters selects {name!r}, which has {p.dim()} dimensions; "
                 "an adapter needs 2 or 3"
             )
-        owner = owners.get(name.rpartition(".")[0])
+        above = name.rpartition(".")[0]
+        owner = owners.get(above)
         _check_owner(name, owner, owners, config)
         shape = tuple(p.shape)
         calls = owner.calls if owner is not None else ()
-        found.append(Site(name, "Parameter", "Parameter", shape[1], shape[0], shape, False, calls))
+        made = Site(name, "Parameter", "Parameter", shape[1], shape[0], shape, False, calls)
+        found.append(replace(made, reached=places.reached(above)))
     order = {name: i for i, name in enumerate(own)}
     modules = [s for s in found if s.kind != "Parameter"]
     bare = [_as_peft_sees(s, traced) for s in found if s.kind == "Parameter"]
@@ -535,10 +552,10 @@ def _adapted(site: Site, rule: str, reason: str, config: Any, module: Any) -> Pl
     bare = site.kind == "Parameter"
     experts = site.shape[0] if bare and len(site.shape) == 3 else 1
     prefix = site.name.rpartition(".")[0] if bare else site.name
-    scope = prefix if bare else site.owner
+    scopes = site.reached or (prefix if bare else site.owner,)
     adapter = layers.adapter_shape(site, module, config, r, experts)
     return PlannedSite(
-        site, "adapted", rule, reason, r, alpha, scaling, experts, prefix, scope, adapter
+        site, "adapted", rule, reason, r, alpha, scaling, experts, prefix, scopes, adapter
     )
 
 
@@ -587,7 +604,7 @@ def _with_projections(planned: list[PlannedSite]) -> list[PlannedSite]:
         out.append(
             replace(
                 outer, site=p.site, rule="attention", reason=reason, prefix=p.name,
-                scope=outer.name, adapter=shape,
+                adapter=shape,
             )
         )  # fmt: skip
     return out

@@ -260,7 +260,7 @@ def _insert_deltas(
     planned = entries[0][1]
     if planned.kind == "Parameter":
         for call in planned.site.calls:
-            if call.node.op == "call_module":
+            if call.node.op == "call_module" and any(e[1].reaches(call) for e in entries):
                 new[call.node] = weights.open_layer(graph, new[call.node], root)
     everywhere = [e for e in entries if e[1].everywhere]
     if everywhere:
@@ -271,8 +271,8 @@ def _insert_deltas(
             )
         _insert_uses(graph, root, entries)
         return
-    weight = planned.site.weight_name
-    for node in [n for n in graph.nodes if n.op == "get_attr" and n.target == weight]:
+    names = planned.weight_names
+    for node in [n for n in graph.nodes if n.op == "get_attr" and n.target in names]:
         weights.insert_delta(graph, root, node, entries, quirks)
 
 

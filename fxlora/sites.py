@@ -59,8 +59,8 @@ class Call:
     Attributes:
         node: the node of the traced graph.
         path: the name of the module whose call this is (an alias keeps its own name).
-        through_module: False when the weight is read without calling the module that owns it;
-            PEFT does not reach such a call.
+        through_module: False when the weight is read without calling the module that owns it, or by
+            a name at which PEFT's wrapper does not stand; PEFT does not reach such a call.
     """
 
     node: Node
@@ -88,6 +88,9 @@ class Site:
         transposed: whether a stack of weights is stored as (experts, in, out).
         of: the name of the layer this is a part or a single call of; "" for a layer itself.
         rows: the output features of that layer which are this part's; empty for all.
+        reached: the names by which a call gets to PEFT's wrapper, the first name first: PEFT replaces
+            the child of one parent, and a parent may have several names itself. Of a parameter: the
+            names of the module that owns it.
     """
 
     name: str
@@ -102,6 +105,7 @@ class Site:
     transposed: bool = False
     of: str = ""
     rows: tuple[range, ...] = ()
+    reached: tuple[str, ...] = ()
 
     @property
     def owner(self) -> str:
@@ -116,6 +120,34 @@ class Site:
         if self.kind == "MultiheadAttention":
             return f"{self.owner}.in_proj_weight"
         return f"{self.owner}.weight" if self.owner else "weight"
+
+
+class Places:
+    """By which names a call of a module gets to the wrapper PEFT puts in its place.
+
+    Args:
+        live: the modules of the model by every name.
+    """
+
+    def __init__(self, live: dict[str, nn.Module]) -> None:
+        self._first: dict[int, str] = {}
+        self._names: dict[tuple[int, str], list[str]] = {}
+        self._live = live
+        for name, module in live.items():
+            self._first.setdefault(id(module), name)
+            self._names.setdefault(self.place(name), []).append(name)
+
+    def place(self, path: str) -> tuple[int, str]:
+        """Returns the place a name leads to: a parent object, and the name of its child."""
+        parent, _, last = path.rpartition(".")
+        return id(self._live[parent]), last
+
+    def reached(self, name: str) -> tuple[str, ...]:
+        """Returns those names, for a module by any of its own."""
+        module = self._live.get(name)
+        if module is None:
+            return (name,)
+        return tuple(self._names[self.place(self._first[id(module)])])
 
 
 def kind_of(module_type: type) -> str | None:
@@ -150,7 +182,8 @@ def sites(graph_module: GraphModule) -> tuple[Site, ...]:
     names: dict[int, list[str]] = {}
     for name, m in held.items():
         names.setdefault(id(m), []).append(name)
-    calls = _calls(graph_module)
+    places = Places(live)
+    calls = _calls(graph_module, places)
     found = []
     covered: set[str] = set()
     for aliases in names.values():
@@ -160,9 +193,10 @@ def sites(graph_module: GraphModule) -> tuple[Site, ...]:
         parameters = [n for alias in aliases for n in _parameter_names(held[alias], alias)]
         _check_unchanged(live.get(aliases[0]), types[aliases[0]], aliases[0])
         type_name = types[aliases[0]].__name__
-        found.append(_module_site(live, aliases, kind, type_name, calls, parameters))
+        reached = places.reached(aliases[0])
+        found.append(_module_site(live, aliases, kind, type_name, calls, parameters, reached))
         covered.update(parameters)
-    found += _bare(graph_module, calls, covered)
+    found += _bare(graph_module, calls, covered, places, names)
     return tuple(found)
 
 
@@ -184,20 +218,14 @@ def _parameter_names(module: nn.Module, name: str) -> Iterator[str]:
 
 def _module_site(
     live: dict[str, nn.Module], aliases: list[str], kind: str, type_name: str,
-    calls: dict[str, list[Call]], parameters: list[str],
+    calls: dict[str, list[Call]], parameters: list[str], reached: tuple[str, ...],
 ) -> Site:  # fmt: skip
     name = aliases[0]
     # The live module: a graph keeps of a non-leaf (nn.MultiheadAttention) its tensors only.
     module: Any = live[name]
     weight = module.in_proj_weight if kind == "MultiheadAttention" else module.weight
     shape = tuple(weight.shape) if isinstance(weight, torch.Tensor) else ()
-    # PEFT replaces the child of one parent object; a call reaches it by any path that ends there.
-    place = _place(live, name)
-    own = [
-        Call(c.node, c.path, a is name or _place(live, a) == place)
-        for a in aliases
-        for c in calls.get(a, ())
-    ]
+    own = [Call(c.node, c.path, a in reached) for a in aliases for c in calls.get(a, ())]
     projections = tuple(f"{alias}.out_proj.".removeprefix(".") for alias in aliases)
     for parameter in parameters:
         if kind == "MultiheadAttention" and parameter.startswith(projections):
@@ -209,13 +237,8 @@ def _module_site(
     bias = getattr(module, "in_proj_bias" if kind == "MultiheadAttention" else "bias", None)
     return Site(
         name, kind, type_name, in_features, out_features, shape, bias is not None,
-        tuple(own), tuple(aliases[1:]),
+        tuple(own), tuple(aliases[1:]), reached=reached,
     )  # fmt: skip
-
-
-def _place(live: dict[str, nn.Module], path: str) -> tuple[int, str]:
-    parent, _, last = path.rpartition(".")
-    return id(live[parent]), last
 
 
 def _features(module: Any, kind: str, shape: tuple[int, ...]) -> tuple[int, int]:
@@ -233,23 +256,30 @@ def _features(module: Any, kind: str, shape: tuple[int, ...]) -> tuple[int, int]
     return shape[1], shape[0]
 
 
-def _bare(root: nn.Module, calls: dict[str, list[Call]], covered: set[str]) -> list[Site]:
+def _bare(
+    root: nn.Module, calls: dict[str, list[Call]], covered: set[str], places: Places,
+    names: dict[int, list[str]],
+) -> list[Site]:  # fmt: skip
     found = []
     for name, p in root.named_parameters():
-        if name in covered or p.dim() not in (2, 3) or name not in calls:
+        if name in covered or p.dim() not in (2, 3):
             continue
-        if any(_name(c.node) in _NOT_LINEAR for c in calls[name]):
+        owner, _, last = name.rpartition(".")
+        aliases = names[id(root.get_submodule(owner))]
+        own = [c for a in aliases for c in calls.get(f"{a}.{last}" if a else last, ())]
+        if not own or any(_name(c.node) in _NOT_LINEAR for c in own):
             continue
+        own.sort(key=lambda c: c.node)
         shape = tuple(p.shape)
         in_features, out_features = (shape[1], shape[0]) if p.dim() == 2 else shape[1:]
         found.append(
             Site(name, "Parameter", "Parameter", in_features, out_features, shape, False,
-                 tuple(calls[name]))
+                 tuple(own), reached=places.reached(owner))
         )  # fmt: skip
     return found
 
 
-def _calls(graph_module: GraphModule) -> dict[str, list[Call]]:
+def _calls(graph_module: GraphModule, places: Places) -> dict[str, list[Call]]:
     """Returns module or parameter name -> its calls."""
     found: dict[str, list[Call]] = {}
     for node in graph_module.graph.nodes:
@@ -259,15 +289,15 @@ def _calls(graph_module: GraphModule) -> dict[str, list[Call]]:
         elif node.op == "get_attr":
             for consumer in _consumers(node):
                 name = str(node.target)
-                owner = name.rpartition(".")[0]
-                found.setdefault(name, []).append(_functional(consumer, owner))
+                reached = places.reached(name.rpartition(".")[0])
+                found.setdefault(name, []).append(_functional(consumer, reached))
     return found
 
 
-def _functional(node: Node, owner: str) -> Call:
+def _functional(node: Node, reached: tuple[str, ...]) -> Call:
     stack = node.meta.get("module_stack", ())
     # PEFT wraps the module that owns the parameter, and is in effect while that module runs.
-    inside = any(f.path == owner for f in stack) if owner else False
+    inside = any(f.path in reached for f in stack) if reached != ("",) else False
     return Call(node, stack[-1].path if stack else "", inside)
 
 

@@ -38,9 +38,8 @@ def insert_delta(
             wrapper has the adapters where None.
     """
     planned = entries[0][1]
-    scope = planned.scope
     if users is None:
-        users = [u for u in node.users if inside(u, scope) or _adds_part(u, planned)]
+        users = [u for u in node.users if inside(u, planned.scopes) or _adds_part(u, planned)]
     if not users:
         return
     node.meta.update(role="base", site=planned.site.owner, adapter=entries[0][0])
@@ -76,9 +75,9 @@ def insert_delta(
     redirect(users, node, out)
 
 
-def inside(user: Node, scope: str) -> bool:
-    """Says whether a node belongs to a call of a module."""
-    return any(f.path == scope for f in user.meta.get("module_stack", ()))
+def inside(user: Node, scopes: tuple[str, ...]) -> bool:
+    """Says whether a node belongs to a call of a module, by one of its names."""
+    return any(f.path in scopes for f in user.meta.get("module_stack", ()))
 
 
 def _adds_part(user: Node, planned: PlannedSite) -> bool:
