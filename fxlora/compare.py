@@ -232,7 +232,7 @@ def compare(
         theirs.train(mode)
         as_peft.train(mode)
         table = _parameters(model, as_peft, peft_model)
-        differences = _table_differences(table, as_peft, theirs)
+        differences = [*_count_differences(plan, ours), *_table_differences(table, as_peft, theirs)]
         to_trace = _to_trace(model, config, plan, theirs).train(mode)
         certificate = _certificate(as_peft, to_trace, args, kwargs)
         outputs: tuple[Deviation, ...] = ()
@@ -255,8 +255,8 @@ def compare(
         certificate=certificate,
         outputs=outputs,
         gradients=gradients,
-        trainable=sum(p.numel() for p in ours.parameters() if p.requires_grad),
-        total=sum(p.numel() for p in ours.parameters()),
+        trainable=_counts(ours)[0],
+        total=_counts(ours)[1],
         peft_trainable=peft_trainable,
         peft_total=peft_total,
         plan=plan,
@@ -381,6 +381,23 @@ def _parameters(model: nn.Module, ours: GraphModule, peft_model: Any) -> tuple[P
             )
         )
     return tuple(rows)
+
+
+def _counts(ours: GraphModule) -> tuple[int, int]:
+    """Returns how many parameters train, and how many there are."""
+    sizes = [(p.numel(), p.requires_grad) for p in ours.parameters()]
+    return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)
+
+
+def _count_differences(plan: Plan, ours: GraphModule) -> list[str]:
+    """Says where the plan, which counts before anything is made, counts otherwise than the graph."""
+    trainable, total = _counts(ours)
+    if (plan.trainable, plan.total) == (trainable, total):
+        return []
+    return [
+        f"the plan counts {plan.trainable:,} of {plan.total:,} parameters trainable, the graph has "
+        f"{trainable:,} of {total:,}"
+    ]
 
 
 def _table_differences(

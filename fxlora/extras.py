@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -12,6 +12,7 @@ from fxlora.config import task_heads
 from fxlora.errors import ConfigError, ConfigTypeError, UnsupportedError, did_you_mean
 from fxlora.freezing import UPCAST
 from fxlora.matching import parameter_match
+from fxlora.sites import Places
 from fxlora.trace.shell import tree
 
 # What PEFT's wrapper of an adapted layer holds.
@@ -29,12 +30,14 @@ class SavedModule:
     Attributes:
         name: the path the copy is reached by; an alias is copied apart, as PEFT does.
         entry: the modules_to_save entry, or the task type's head, that names it.
-        numel: how many parameters the copy has.
+        numel: how many parameters the copy has; 0 where `same_as` counts them.
+        same_as: an earlier name of the same child of the same parent: one copy stands there.
     """
 
     name: str
     entry: str
     numel: int
+    same_as: str = ""
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class TokenRows:
         tied_to: the layer whose rows this one shares; "" for a layer with rows of its own.
         trains: whether they do; inference_mode freezes them, but for those peft makes anew in
             float32 (peft.tuners.tuners_utils.cast_adapter_dtype).
+        same_as: an earlier name of the same child of the same parent: these are its rows.
     """
 
     name: str
@@ -55,11 +59,12 @@ class TokenRows:
     dim: int
     tied_to: str = ""
     trains: bool = True
+    same_as: str = ""
 
     @property
     def numel(self) -> int:
         """How many numbers of its own it has."""
-        return 0 if self.tied_to else len(self.indices) * self.dim
+        return 0 if self.tied_to or self.same_as else len(self.indices) * self.dim
 
 
 def shield(config: Any) -> None:
@@ -87,14 +92,18 @@ def saved_modules(
     entries = list(dict.fromkeys([*(config.modules_to_save or ()), *task_heads(config)]))
     hung = adapted
     adapted = [*adapted, *_owners(config, model)]
+    places = Places(dict(tree(model)))
+    reached = {r: name for name in adapted for r in places.reached(name)}
     found: list[SavedModule] = []
+    first: dict[tuple[int, str], str] = {}
     for name, module in tree(model):
         entry = next((e for e in entries if name and name.endswith(e)), None)
         if entry is None:
             continue
-        _check_saved(name, module, entry, adapted, found, config)
-        numel = sum(p.numel() for p in module.parameters())
-        found.append(SavedModule(name, entry, numel))
+        _check_saved(name, module, entry, reached, found, config)
+        same_as = first.setdefault(places.place(name), name)
+        numel = sum(p.numel() for p in module.parameters()) if same_as == name else 0
+        found.append(SavedModule(name, entry, numel, same_as if same_as != name else ""))
     _check_parts(entries, hung, config)  # after every fault that peft tells
     return tuple(found)
 
@@ -104,8 +113,12 @@ def _owners(config: Any, model: nn.Module) -> list[str]:
     entries = config.target_parameters
     if not entries:
         return []
-    names = [n for n, _ in model.named_parameters(remove_duplicate=False)]
-    return [n.rpartition(".")[0] for n in names if parameter_match(entries, n) is not None]
+    return [
+        name
+        for name, module in tree(model, remove_duplicate=True)
+        for last in module._parameters
+        if name and parameter_match(entries, f"{name}.{last}") is not None
+    ]
 
 
 def _entry(entry: str, config: Any) -> str:
@@ -131,17 +144,19 @@ def _check_saved(
     name: str,
     module: nn.Module,
     entry: str,
-    adapted: Collection[str],
+    adapted: dict[str, str],
     found: list[SavedModule],
     config: Any,
 ) -> None:
     what = f"{_entry(entry, config)} hits {name!r}"
-    inside = [a for a in adapted if a == name or a.startswith(f"{name}.")]
-    if inside:
+    inside = next((a for a in adapted if a == name or a.startswith(f"{name}.")), None)
+    if inside is not None:
+        first = adapted[inside]
+        also = "" if first == inside else f", which is {first!r},"
         raise ConfigTypeError(
-            f"{what}, and {inside[0]!r} gets an adapter: a module is adapted or trained as a whole. "
+            f"{what}, and {inside!r}{also} gets an adapter: a module is adapted or trained as a whole. "
             f"An entry matches every name that ends with it, without a dot; write "
-            f"exclude_modules=[{inside[0]!r}] or a longer entry"
+            f"exclude_modules=[{first!r}] or a longer entry"
         )
     if isinstance(module, _UNCALLABLE):
         raise ConfigTypeError(
@@ -192,7 +207,9 @@ def token_rows(
         for name in _ending(entry, model):
             own.setdefault(name, list(indices))
     rows = {n: i for n, i in own.items() if not (n in tied and own.get(embedding) == i)}
-    adapted = [*adapted, *_owners(config, model)]
+    places = Places(dict(tree(model)))
+    first: dict[tuple[int, str], str] = {}
+    adapted = [r for a in (*adapted, *_owners(config, model)) for r in places.reached(a)]
     otherwise = {*adapted, *(s.name for s in saved)}
     found = []
     for name, indices in rows.items():  # one by one, as peft does: the first fault is the one told
@@ -201,7 +218,9 @@ def token_rows(
                 f"trainable_token_indices hits {name!r}, which is adapted or in modules_to_save "
                 "too; a layer is trained in one way"
             )
-        found.append(_rows(name, indices, model, not config.inference_mode))
+        rows_here = _rows(name, indices, model, not config.inference_mode)
+        same_as = first.setdefault(places.place(name), name)
+        found.append(replace(rows_here, same_as=same_as if same_as != name else ""))
     if embedding in rows and not (set(tied) & set(rows)):
         trains = not config.inference_mode
         found += [_rows(n, rows[embedding], model, trains, embedding) for n in tied]

@@ -78,13 +78,18 @@ def plan_parts(plan: Plan) -> list[str]:
         totals(plan.trainable, plan.total, plan.percent),
     ]
     lines += [
-        f"trained as a whole: {s.name} ({s.numel:,} parameters; {s.entry!r} is in modules_to_save or "
-        "the task type's head)"
+        f"trained as a whole: {s.name} ("
+        + (f"the same copy as {s.same_as}" if s.same_as else f"{s.numel:,} parameters")
+        + f"; {s.entry!r} is in modules_to_save or the task type's head)"
         for s in plan.saved
     ]
     lines += [
         f"rows that train: {len(t.indices)} of {t.name}"
-        + (f", shared with {t.tied_to}" if t.tied_to else f" ({t.numel:,} numbers)")
+        + (
+            f", shared with {t.tied_to or t.same_as}"
+            if t.tied_to or t.same_as
+            else f" ({t.numel:,} numbers)"
+        )
         for t in plan.tokens
     ]
     lines += [f"warning: {w}" for w in plan.warnings]
