@@ -8,7 +8,6 @@ from collections.abc import Callable, Collection, Sequence
 from functools import cache, lru_cache
 from typing import Any
 
-import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
