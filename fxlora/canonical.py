@@ -27,6 +27,8 @@ _VIEWS = frozenset(
     "narrow select flatten alias view_as detach data".split()
 )
 _EFFECTS = frozenset(("enter_grad_mode", "leave_grad_mode"))
+# Drawn and not used, a random number still shifts those drawn after it.
+_DRAWS = frozenset("rand randn randint rand_like randn_like randint_like bernoulli normal".split())
 
 
 @dataclass
@@ -114,7 +116,8 @@ class _Canonicaliser:
         self._note_effect(node, digest)
 
     def _note_effect(self, node: Node, digest: str) -> None:
-        if target_name(node) in _EFFECTS or _is_kind(self._gm, node, TrainOnly):
+        drawn = target_name(node) in _DRAWS and not node.users
+        if target_name(node) in _EFFECTS or drawn or _is_kind(self._gm, node, TrainOnly):
             self._effects.append(digest)
         for changed in node.meta.get("mutates", ()):
             base = self._base.get(changed, changed)
@@ -177,12 +180,16 @@ class _Canonicaliser:
         if isinstance(module, InputGuards):
             return None, ()
         if isinstance(module, ByMode):
+            if self._mode is not None:
+                return None, ()  # a constant, where it is read
             values = (repr(module.train_value), repr(module.eval_value))
             return f"train {values[0]}, eval {values[1]}", ("mode", *values)
         if isinstance(module, DoraBase) and self._mode is not None:
             return self._dora_base(module, node)
         if isinstance(module, TrainOnly):
             function = getattr(module.function, "__name__", repr(module.function))
+            if self._mode is not None:
+                return ("call " + function, ("call", function, *args)) if self._mode else (None, ())
             return f"in train mode {function}", ("train only", function, *args)
         # By name: what removes a parametrization registers the weight anew, behind the bias.
         held = tuple(
@@ -212,6 +219,10 @@ class _Canonicaliser:
 
     def _arg(self, value: Any) -> Any:
         if isinstance(value, Node):
+            if self._mode is not None and _is_kind(self._gm, value, ByMode):
+                # A model that is traced in one mode has the constant of that mode there.
+                made: Any = self._gm.get_submodule(str(value.target))
+                return self._arg(made.train_value if self._mode else made.eval_value)
             base = self._base.get(value, value)
             return ("node", self._digest[value], self._version.get(base))
         if isinstance(value, (list, tuple)):

@@ -13,6 +13,7 @@ from peft import LoraConfig
 from peft.tuners.lora.config import KasaConfig
 from torch import nn
 from torch.fx import GraphModule, Node
+from transformers import LlamaConfig, LlamaForCausalLM
 from zoo import ZOO
 
 import fxlora
@@ -289,3 +290,67 @@ def test_nan_against_a_number_is_a_difference_and_json_stays_json(
     (row,) = strict_json(result.to_dict())["outputs"]
     assert row["equal"] is False
     assert row["largest"] is None if size is None else row["largest"] > size
+
+
+class _Functional(nn.Module):
+    """Dropout by a function, told by the mode; and, if asked, a draw in train mode only."""
+
+    def __init__(self, draws: bool = False, p: float = 0.1) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.lin = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.draws, self.p = draws, p
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.a(x)
+        if self.draws and self.training:
+            torch.rand([])
+        x = nn.functional.dropout(x, self.p, self.training)
+        return self.lin(x + (0.5 if self.training else 0.25))
+
+
+DORA = LoraConfig(r=4, target_modules=["lin"], use_dora=True, lora_dropout=0.1)
+
+
+@pytest.mark.parametrize("draws", [False, True])
+@pytest.mark.parametrize("train", [False, True])
+def test_a_constant_of_the_mode_is_the_one_of_the_mode_peft_was_traced_in(
+    train: bool, draws: bool
+) -> None:
+    # DoRA with dropout takes another path in train mode, so PEFT's model has a graph for each mode.
+    found = fxlora.compare(_Functional(draws).train(train), DORA, (torch.randn(2, 8),))
+    assert found.certificate.equal
+    assert found.equal, found.differences
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize(
+    "other",
+    [lambda: _Functional(p=0.2), lambda: _Functional(draws=True)],
+    ids=["p", "draw"],
+)
+def test_and_another_constant_or_a_draw_too_many_is_told(
+    train: bool, other: Callable[[], _Functional]
+) -> None:
+    x = (torch.randn(2, 8),)
+    model = _Functional().train(train)
+    theirs = fxlora.trace(peft_side.wrapped(peft_side.wrap(model, DORA, 0)).train(train), x)
+    form = canonical(theirs, peft_side.common_name, train)
+    right = fxlora.rewrite(fxlora.trace(model, x), DORA)
+    assert certify(canonical(right, mode=train), form).equal
+    wrong = fxlora.rewrite(fxlora.trace(other().train(train), x), DORA)
+    draws_only_in_train = other().draws and not train
+    assert certify(canonical(wrong, mode=train), form).equal is draws_only_in_train
+
+
+def test_attention_dropout_of_llama_beside_dora_with_dropout_is_proved() -> None:
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+            vocab_size=32, attention_dropout=0.1,
+        )
+    )  # fmt: skip
+    config = LoraConfig(r=4, target_modules=["q_proj"], use_dora=True, lora_dropout=0.1)
+    for train in (False, True):
+        found = fxlora.compare(model.train(train), config)
+        assert found.equal, found.differences
