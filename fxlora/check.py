@@ -28,7 +28,7 @@ class Row:
         key: its name on disk.
         name: its name in the graph; "" when the graph has no place for it.
         site: the site or module it lands on.
-        kind: "adapter", "bias", "embedding" or "".
+        kind: "adapter", "bias", "again", "embedding" or "" (see `fxlora.keys.Entry`).
         status: "fits", "missing", "unexpected" or "misshapen".
         note: the shapes, or the nearest name.
     """
@@ -158,7 +158,10 @@ def _place(key: str, wanted: dict[str, Entry]) -> str:
     if key in wanted or not key.endswith(".bias"):
         return key
     stem = key.removesuffix(".bias").removesuffix(".base_layer")
-    for other in (key.replace(".modules_to_save.", "."), f"{stem}.bias", f"{stem}.base_layer.bias"):
+    # Of a copy: inside a container its key keeps the name the adapter was saved under.
+    inside = re.sub(r"\.modules_to_save\.[^.]+\.(?=.)", ".", key)
+    copied = key.replace(".modules_to_save.", ".")
+    for other in (inside, copied, f"{stem}.bias", f"{stem}.base_layer.bias"):
         if other in wanted:
             return other
     return key

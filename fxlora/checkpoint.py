@@ -442,7 +442,7 @@ def _copy_in(lora: GraphModule, report: Check) -> None:
     }
     with torch.no_grad():
         for row in report.rows:
-            if row.status != "fits":
+            if row.status != "fits" or row.kind == "again":
                 continue
             target, value = parameters[row.name], report.tensors[row.key]
             if target.device.type == "meta":

@@ -167,7 +167,7 @@ def _cuts(name: str) -> bool:
 def _stops(node: Node, name: str) -> bool:
     """Whether no gradient passes a call, though autograd says that its result requires grad."""
     if name in _NORMS:
-        return _argument(node, _NORMS[name], "p", "ord", "pow") == 0
+        return bool(_argument(node, _NORMS[name], "p", "ord", "pow") == 0)
     return name == "heaviside"
 
 

@@ -26,8 +26,9 @@ class Entry:
     Attributes:
         key: its name on disk.
         name: its name in the graph.
-        kind: "adapter", "bias" (a base bias that trains) or "embedding" (the whole base weight of
-            an adapted embedding, which PEFT writes beside it).
+        kind: "adapter", "bias" (a base bias that trains), "again" (a bias of the adapter's own, which
+            PEFT writes a second time with bias="all") or "embedding" (the whole base weight of an
+            adapted embedding, which PEFT writes beside it).
         site: the site or module it belongs to.
     """
 
@@ -48,7 +49,26 @@ def entries(lora: GraphModule, adapter: str) -> tuple[Entry, ...]:
         if part is not None:
             found.append(Entry(key_of(name, plan), name, "adapter", owners[part]))
     found += _base_entries(lora, plan)
+    if plan.config.bias == "all":
+        keys = {e.key for e in found}
+        found += (e for e in _again(lora, plan) if e.key not in keys)
     return tuple(found)
+
+
+def _again(lora: GraphModule, plan: Plan) -> Iterator[Entry]:
+    """Yields the adapter's own biases by every name: PEFT takes each key that ends in `.bias`.
+
+    It then drops the adapter's name where it stands before the last part, and nothing else.
+    """
+    mark = f".{plan.adapter}."
+    for name, _ in lora.named_parameters(remove_duplicate=False):
+        stem, _, last = name.rpartition(".")
+        if last != "bias" or mark not in name:
+            continue
+        if f".modules_to_save{mark}" in name:
+            yield Entry(f"{PREFIX}{stem.removesuffix(mark[:-1])}.bias", name, "again", stem)
+        elif ".lora_" in name:
+            yield Entry(key_of(name, plan), name, "again", stem.rpartition(".lora_")[0])
 
 
 def _tensors(lora: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -118,9 +138,14 @@ def _wrapped_names(plans: Iterable[Plan]) -> dict[str, str]:
     for plan in plans:
         for p in plan.adapted:
             if p.kind == "Parameter":
-                wrapped[p.scope] = max(wrapped.get(p.scope, ""), f"{p.prefix}.base_layer", key=len)
+                below = f"{p.prefix.removeprefix(p.scope)}.base_layer"
+                for s in p.scopes:
+                    wrapped[s] = max(wrapped.get(s, ""), s + below, key=len)
             else:
-                wrapped[p.site.owner] = f"{p.site.owner}.base_layer"
+                # Below attention, the projection's.
+                for s in p.scopes:
+                    name = s + p.site.owner.removeprefix(p.scope)
+                    wrapped[name] = f"{name}.base_layer"
         wrapped |= {s.name: f"{s.name}.original_module" for s in plan.saved}
         wrapped |= {t.name: f"{t.name}.token_adapter.base_layer" for t in plan.tokens}
     return wrapped

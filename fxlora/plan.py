@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import keyword
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -328,7 +329,7 @@ def plan(
     planned = _whole_before_parts(_with_projections(planned))
     planned = _nest_parameters(planned)
     planned = _reaching(planned, further, settings)
-    _check_other_layers(settings, facts.module_types)
+    _check_other_layers(settings, facts.model, facts.module_types)
     names = [p.name for p in planned if p.adapted and p.kind != "Parameter"]
     saved = extras.saved_modules(settings, facts.model, names)
     tokens = extras.token_rows(settings, facts.model, names, saved)
@@ -641,13 +642,15 @@ def _reaching(planned: list[PlannedSite], reach: tuple[str, ...], config: Any) -
     return out
 
 
-def _check_other_layers(config: Any, types: dict[str, type]) -> None:
-    """Refuses a target that is no layer at all, as PEFT does, before anything is changed."""
-    seen: set[str] = set()
-    for name, module_type in types.items():
-        if not name or name in seen or kind_of(module_type) is not None:
+def _check_other_layers(config: Any, model: nn.Module, types: dict[str, type]) -> None:
+    """Refuses a target that is no layer at all, as PEFT does, before anything is changed.
+
+    PEFT walks the modules by their first names: a second name that matches is none of its targets.
+    """
+    for name, _ in tree(model, remove_duplicate=True):
+        module_type = types.get(name)
+        if not name or module_type is None or kind_of(module_type) is not None:
             continue
-        seen.add(name)
         found = matching.match(config, name)
         if found.taken:
             raise UnsupportedError(
@@ -688,7 +691,27 @@ def _count(
     whole = tuple(f"{s.name}." for s in saved)
     adapted = adapted_modules(planned)
     biases = [p.numel() for n, p in base if bias_trains(n, config.bias, adapted, whole)]
+    added += sum(_parted(traced, planned, config))
     return trains + sum(biases), added + sum(p.numel() for _, p in base)
+
+
+def _parted(traced: GraphModule, planned: list[PlannedSite], config: Any) -> Iterator[int]:
+    """Yields the sizes of tied weights of which an initialisation gives an adapted layer one apart."""
+    how = str(init_name(config)).partition("_niter")[0]
+    if how not in ("pissa", "olora") and config.kasa_config is None:
+        return
+    changed: dict[int, int] = {}
+    sizes: dict[int, int] = {}
+    for p in planned:
+        if p.form == "branch":
+            owner, _, last = p.site.weight_name.rpartition(".")
+            weight: Any = getattr(traced.get_submodule(owner), last)
+            changed[id(weight)] = changed.get(id(weight), 0) + 1
+            sizes[id(weight)] = weight.numel()
+    held = Counter(id(p) for m in traced.modules() for p in m._parameters.values())
+    for key, times in changed.items():
+        if held[key]:  # none holds a weight that is computed anew
+            yield (times - (held[key] == times)) * sizes[key]
 
 
 def adapted_modules(planned: Iterable[PlannedSite]) -> set[str]:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import copy
 import sys
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
 import fxlora
-from fxlora.errors import ConfigTypeError
+from fxlora.errors import ConfigTypeError, UnsupportedError
 
 X = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
 TOKENS = torch.arange(10).view(2, 5)
@@ -252,3 +255,121 @@ def test_compare_says_where_the_plan_counts_otherwise_than_the_graph(
     assert found.differences == (
         "the plan counts 1 of 2 parameters trainable, the graph has 64 of 280",
     )
+
+
+# ---- names -----------------------------------------------------------------------------------------
+
+
+def test_a_suffix_of_a_second_name_only_targets_nothing_there() -> None:
+    config = LoraConfig(r=4, target_modules=["0"])  # of blocks.0, and of x.ff.0
+    found = fxlora.compare(Listed(), config, (TOKENS,))
+    assert found.equal, found.differences
+    assert [s.name for s in found.plan.adapted] == ["x.ff.0"]
+
+
+def test_a_first_name_that_is_no_layer_is_refused_still() -> None:
+    with pytest.raises(UnsupportedError, match=r"'x' is targeted .* and is a Stage"):
+        fxlora.plan(fxlora.trace(Listed(), (TOKENS,)), LoraConfig(r=4, target_modules=["x", "own"]))
+
+
+# ---- files -----------------------------------------------------------------------------------------
+
+
+class Headed(nn.Module):
+    """A head of several layers, one of them in a container of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(8, 8)
+        self.head = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 4)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.lin(x))
+
+
+class Plain(Headed):
+    """A head that is one layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(8, 4)
+
+
+FILES: dict[str, tuple[Callable[[], nn.Module], torch.Tensor, dict[str, Any]]] = {
+    "head-of-layers": (Headed, X, {"target_modules": ["lin"], "modules_to_save": ["head"]}),
+    "head-of-one": (Plain, X, {"target_modules": ["lin"], "modules_to_save": ["head"]}),
+    "second-name": (Listed, TOKENS, {"target_modules": ["own"]}),
+    "second-name-lora-bias": (Listed, TOKENS, {"target_modules": ["own"], "lora_bias": True}),
+    "second-name-of-a-copy": (Listed, TOKENS, {"target_modules": ["own"], "modules_to_save": ["norm"]}),
+    "second-name-of-a-block": (Listed, TOKENS, {"target_modules": ["own"], "modules_to_save": ["inner"]}),
+    "second-name-of-rows": (
+        Listed, TOKENS, {"target_modules": ["own"], "trainable_token_indices": {"emb": [1, 3]}},
+    ),
+    "second-name-of-a-weight": (
+        Listed, TOKENS, {"target_modules": [], "target_parameters": ["own.weight"]},
+    ),
+    "shared": (lambda: Shared(lin()), X, {"target_modules": ["shared.0"]}),
+    "shared-weight": (lambda: Shared(lin()), X, {"target_parameters": ["shared.0.weight"]}),
+    "shared-attention": (lambda: Shared(Attention()), X, {"target_modules": ["att"]}),
+    "alias": (lambda: Alias(lin()), X, {"target_modules": ["a"]}),
+}  # fmt: skip
+
+
+@pytest.fixture(params=list(FILES))
+def saved(request: pytest.FixtureRequest) -> tuple[nn.Module, torch.Tensor, dict[str, Any]]:
+    make, given, settings = FILES[request.param]
+    torch.manual_seed(0)
+    return make(), given, settings
+
+
+def wrapped(model: nn.Module, settings: dict[str, Any], bias: str, adapter: str = "default") -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = get_peft_model(copy.deepcopy(model), LoraConfig(r=4, bias=bias, **settings), adapter)
+    for p in made.parameters():
+        if p.requires_grad:
+            p.data += torch.randn_like(p) * 0.1
+    return made.eval()
+
+
+@pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
+def test_files_are_peft_s_key_for_key_and_load_both_ways(
+    saved: Any, bias: str, tmp_path: Path
+) -> None:
+    model, given, settings = saved
+    theirs = wrapped(model, settings, bias)
+    # PEFT misses the second names, in a file of its own too, and takes a bias of lora_B for a shard.
+    warnings.simplefilter("ignore")
+    theirs.save_pretrained(tmp_path / "peft")
+    before = theirs(given)
+    lora = fxlora.load_adapter(fxlora.trace(model.eval(), (given,)), tmp_path / "peft").eval()
+    attention = "att" in settings.get("target_modules", ())
+    if not attention:  # of which peft's doubles a projection
+        assert torch.equal(lora(given), before)
+    fxlora.save_adapter(lora, tmp_path / "ours")
+    a, b = (load_file(tmp_path / d / "adapter_model.safetensors") for d in ("ours", "peft"))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    back = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "ours").eval()
+    # Without a gradient torch takes a fused attention, which rounds otherwise.
+    torch.testing.assert_close(back(given), before, rtol=0, atol=1e-5 if attention else 0)
+
+
+def test_a_head_that_peft_saved_under_another_adapter_name_loads(tmp_path: Path) -> None:
+    settings = {"target_modules": ["lin"], "modules_to_save": ["head"]}
+    theirs = wrapped(Headed(), settings, "all", "other")
+    theirs.save_pretrained(tmp_path)
+    keys = load_file(tmp_path / "other" / "adapter_model.safetensors")
+    assert "base_model.model.head.modules_to_save.other.0.bias" in keys
+    fxlora.load_adapter(fxlora.trace(Headed(), (X,)), tmp_path / "other")
+
+
+def test_a_file_without_the_second_copies_of_a_bias_loads(tmp_path: Path) -> None:
+    settings = {"target_modules": ["lin"], "modules_to_save": ["head"]}
+    theirs = wrapped(Headed(), settings, "all")
+    theirs.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({k: t for k, t in load_file(path).items() if ".modules_to_save." not in k}, path)
+    model = Headed()
+    lora = fxlora.load_adapter(fxlora.trace(model, (X,)), tmp_path)
+    assert "modules_to_save.default.0.bias" in " ".join(dict(lora.named_parameters()))
