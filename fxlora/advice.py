@@ -62,6 +62,7 @@ def warnings_of(
         )
     yield from _whole_modules(saved)
     yield from _odd_layers(planned)
+    yield from _called_by_keyword(planned)
     # peft.tuners.tuners_utils._check_lora_target_modules_mamba
     refused = [p.name for p in planned if p.adapted and p.name.rpartition(".")[2] in _NOT_ON_MAMBA]
     if model_type in _MAMBA and refused:
@@ -80,10 +81,13 @@ def warnings_of(
             ", ".join(bypassed[:3]) + (", ..." if len(bypassed) > 3 else "")
         )
     for p in planned:
-        if p.adapted and p.kind == "Parameter" and p.bypassed and not p.everywhere:
+        # The wrapper has a `weight` of its own: the base layer's.
+        known = p.name.rpartition(".")[2] == "weight"
+        if p.adapted and p.kind == "Parameter" and p.bypassed and not (p.everywhere or known):
             yield (
-                f"{p.name} is read outside its module's own calls; PEFT puts a wrapper in the module's "
-                "place that does not have it, so PEFT's model raises there"
+                f"{p.name} is read outside its module's own calls: PEFT puts a wrapper in the module's "
+                "place that does not have it, so PEFT's model fails when it runs. Leave it out, or read "
+                "it in the forward of the module that holds it"
             )
 
 
@@ -126,7 +130,8 @@ def _whole_modules(saved: Sequence[extras.SavedModule]) -> Iterator[str]:
     """Names an entry that hits several modules: an entry is a suffix of the name, without a dot."""
     hits: dict[str, list[str]] = {}
     for s in saved:
-        hits.setdefault(s.entry, []).append(s.name)
+        if not s.same_as:
+            hits.setdefault(s.entry, []).append(s.name)
     for entry, names in hits.items():
         if len(names) > 1:
             numel = sum(s.numel for s in saved if s.entry == entry)
@@ -160,6 +165,19 @@ def _odd_layers(planned: Sequence[PlannedSite]) -> Iterator[str]:
                     f"Leave it out with exclude_modules=[{p.name!r}]"
                 )
                 break
+
+
+def _called_by_keyword(planned: Sequence[PlannedSite]) -> Iterator[str]:
+    """Finds adapted layers whose input is named: PEFT's wrappers call it `x` and want it first."""
+    for p in planned:
+        calls = [c.node for c in p.site.calls if p.adapted and p.reaches(c)]
+        named = next((n for n in calls if n.op == "call_module" and not n.args and n.kwargs), None)
+        if named is not None:
+            word = next(iter(named.kwargs))
+            yield (
+                f"{p.name} is called with its input by keyword, {word}=: PEFT's wrapper takes it by "
+                "position only, so PEFT's model fails when it runs. Call the layer with its input first"
+            )
 
 
 def no_match(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from collections import OrderedDict
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.fx import GraphModule
 from torch.nn import functional as F
@@ -297,7 +298,14 @@ NEAR: dict[str, list[Callable[[], Report]]] = {
         lambda: check(chain(up=linear(4), gate=linear(4)), "all-linear", exclude_modules=["gate"]),
         lambda: check(chain(up=linear(4), gate=linear(4)), ["up"]),
     ],
-    "FXL113": [lambda: check(chain(a=Odd(4, 4), b=linear(4)), ["a", "b"], X)],
+    "FXL113": [
+        lambda: check(chain(a=Odd(4, 4), b=linear(4)), ["a", "b"], X),
+        lambda: check(Net(lambda m, x: m.b(m.a(input=x)), a=linear(4), b=linear(4)), ["b"], X),
+        lambda: check(
+            Net(lambda m, x: m.b(x) @ m.a.weight, a=linear(4), b=linear(4)),
+            ["b"], X, target_parameters=["a.weight"],
+        ),
+    ],
     "FXL201": [
         lambda: check(Net(lambda m, x: F.linear(m.a(x), m.b.weight), a=linear(4), b=linear(4)), ["a"], X),
         lambda: check(
@@ -671,3 +679,71 @@ def test_severities_and_ignores_are_the_settings() -> None:
     (one,) = check(model, ["a"], r=8, lora_alpha=0, settings=loud)
     assert (one.rule, one.severity) == ("FXL301", Severity.ERROR)
     assert replace(loud, fail_on="never").threshold is None
+
+
+# ---- what PEFT builds and cannot run -------------------------------------------------------------
+
+
+class _Stack(nn.Module):
+    """Reads a list of parameters past the list, which no wrapper can stand in for."""
+
+    def __init__(self, made: type[nn.Module]) -> None:
+        super().__init__()
+        self.b = nn.Linear(4, 4)
+        w = nn.Parameter(torch.ones(4, 4))
+        self.e = nn.ParameterList([w]) if made is nn.ParameterList else nn.ParameterDict({"0": w})
+
+    def forward(self, x: Any) -> Any:
+        return self.b(x @ (self.e[0] if isinstance(self.e, nn.ParameterList) else self.e["0"]))
+
+
+def _named() -> nn.Module:
+    return Net(lambda m, x: m.b(m.a(input=x)), a=linear(4), b=linear(4))
+
+
+def _named_lookup() -> nn.Module:
+    return Net(lambda m, x: m.b(m.a(input=x)), a=nn.Embedding(9, 4), b=linear(4))
+
+
+NOT_RUN: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, Any], str, str]] = {
+    "keyword": (
+        _named, X, {"target_modules": ["a", "b"]},
+        "a", "called with its input by keyword, input=: PEFT's wrapper takes it by position only",
+    ),
+    "keyword-lookup": (
+        _named_lookup, IDS, {"target_modules": ["a", "b"]}, "a", "by keyword, input=",
+    ),
+    "keyword-weight": (
+        _named, X, {"target_modules": ["b"], "target_parameters": ["a.weight"]},
+        "a.weight", "called with its input by keyword, input=",
+    ),
+    "list": (
+        lambda: _Stack(nn.ParameterList), X,
+        {"target_modules": ["b"], "target_parameters": ["e.0"]},
+        "e.0", "read outside its module's own calls",
+    ),
+    "dict": (
+        lambda: _Stack(nn.ParameterDict), X,
+        {"target_modules": ["b"], "target_parameters": ["e.0"]},
+        "e.0", "read outside its module's own calls",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NOT_RUN)
+def test_what_peft_builds_and_cannot_run_is_told(name: str) -> None:
+    make, given, settings, site, message = NOT_RUN[name]
+    config = LoraConfig(r=2, **settings)
+    with pytest.raises(TypeError):
+        get_peft_model(make(), copy.deepcopy(config))(given)
+    found = [f for f in lint(fxlora.trace(make(), (given,)), config) if f.rule == "FXL113"]
+    assert [f.sites for f in found] == [(site,)]
+    assert message in found[0].message
+
+
+def test_a_weight_that_the_wrapper_hands_on_is_no_failure() -> None:
+    model = Net(lambda m, x: m.b(x) @ m.a.weight, a=linear(4), b=linear(4))
+    config = LoraConfig(r=2, target_modules=["b"], target_parameters=["a.weight"])
+    get_peft_model(copy.deepcopy(model), copy.deepcopy(config))(X)
+    plan = fxlora.plan(fxlora.trace(model, (X,)), config)
+    assert not any("fails when it runs" in w for w in plan.warnings)

@@ -242,7 +242,7 @@ def broad_module_to_save(context: Context) -> Iterator[Hit]:
     implied = set(task_heads(context.config))
     by_entry: dict[str, list[extras.SavedModule]] = {}
     for s in context.plan.saved:
-        if s.entry not in implied:
+        if s.entry not in implied and not s.same_as:
             by_entry.setdefault(s.entry, []).append(s)
     for entry, saved in by_entry.items():
         odd = [s.name for s in saved if not _named(s.name, entry)]
@@ -562,8 +562,10 @@ report = lint(traced, LoraConfig(r=2, target_modules="all-linear"), settings)"""
     ),
     Rule(
         "FXL113", "fails-in-peft", Severity.ERROR, fails_in_peft,
-        finds="A target PEFT refuses for this model type (Mamba's `out_proj` and `conv1d`), or a "
-        "subclass of nn.Linear whose forward is no linear map, so that the adapted model fails.",
+        finds="A target PEFT refuses for this model type (Mamba's `out_proj` and `conv1d`), a "
+        "subclass of nn.Linear whose forward is no linear map, or a layer called by keyword "
+        "(`layer(input=x)`), or a parameter that is read past the module that holds it (an "
+        "nn.ParameterList's): the adapted model fails.",
         why="The error comes from PEFT after the model was loaded, or from the first batch.",
         example="""\
 class Pair(nn.Linear):
@@ -581,6 +583,6 @@ class Model(nn.Module):
 
 traced = fxlora.trace(Model(), (torch.randn(2, 8),))
 report = lint(traced, LoraConfig(r=2, target_modules=["a", "pair"]))""",
-        fix="Leave those layers out with `exclude_modules`.",
+        fix="Leave those layers out with `exclude_modules`, or do what the message says.",
     ),
 )  # fmt: skip
