@@ -223,13 +223,13 @@ def _flat_sources(node: Node, name: str) -> list[Node]:
 def _is_differentiable(node: Node) -> bool:
     written = node.args[0] if target_name(node) == "setitem" else node
     dtype = written.meta.get("dtype") if isinstance(written, Node) else None
-    return dtype is None or dtype.is_floating_point or dtype.is_complex
+    return dtype is None or bool(dtype.is_floating_point or dtype.is_complex)
 
 
 def _is_complex(node: Node) -> bool:
     given = _given(node)
     dtype = None if given is None else given.meta.get("dtype")
-    return dtype is not None and dtype.is_complex
+    return dtype is not None and bool(dtype.is_complex)
 
 
 def _is_everything(key: Any) -> bool:

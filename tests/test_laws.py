@@ -233,7 +233,15 @@ def test_replay_gives_the_graph_full_tracing_gives(spec: Network) -> None:
     assert canonical(fast).digest == canonical(full).digest
     for a, b in zip(fast.graph.nodes, full.graph.nodes, strict=True):
         assert (a.op, str(a.target)) == (b.op, str(b.target))
-        for key in ("module_stack", "shape", "dtype", "source", "grad_enabled"):
+        for key in (
+            "module_stack",
+            "shape",
+            "dtype",
+            "source",
+            "grad_enabled",
+            "alias",
+            "handed_on",
+        ):
             assert a.meta.get(key) == b.meta.get(key), (a, key)
         assert list(map(str, a.meta.get("mutates", ()))) == list(
             map(str, b.meta.get("mutates", ()))

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses import FakeTensor
 from torch.fx import Graph, Node
 from torch.overrides import TorchFunctionMode
 
@@ -57,7 +58,7 @@ def _storage(tensor: torch.Tensor) -> int:
 
 
 def _is_fake(tensor: torch.Tensor) -> bool:
-    return isinstance(tensor, torch._subclasses.FakeTensor)
+    return isinstance(tensor, FakeTensor)
 
 
 def _place(given: tuple[Any, Any], storage: int) -> tuple[Any, ...] | None:
@@ -152,7 +153,7 @@ class Recorder(TorchFunctionMode):
         names = self._names.get(id(tensor))
         if names:
             return self._get_attr(self._nearest(names), tensor)
-        if isinstance(tensor, torch._subclasses.FakeTensor) and tensor.constant is None:
+        if isinstance(tensor, FakeTensor) and tensor.constant is None:
             raise TraceError(
                 "a tensor reached this line without any torch call fxlora could see: "
                 f"{self.where()}. It was made outside the model's forward or by an extension that "
@@ -299,7 +300,7 @@ class Recorder(TorchFunctionMode):
             self._overwrite(changed, node)
         if name == "requires_grad_" and id(inputs[0]) not in self._names:
             changed = inputs[:1]  # a tensor of the run's own stays a leaf
-        if any(t is out for t in inputs):
+        if id(out) in map(id, inputs):
             node.meta["handed_on"] = True
         if self.asked:
             if any(t is out for t in self.asked):
