@@ -205,11 +205,15 @@ def test_positions_by_the_size_of_an_input_require_no_grad() -> None:
     assert disagreements(lora, x) == []
 
 
-@pytest.mark.parametrize("settings", [{"use_dora": True}, {"bias": "lora_only"}])
-def test_flags_are_autograd_s_behind_an_adapter(settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize("asking", [True, False])
+@pytest.mark.parametrize(
+    "settings",
+    [{"use_dora": True}, {"bias": "lora_only"}, {"use_dora": True, "bias": "lora_only"}],
+)
+def test_flags_are_autograd_s_behind_an_adapter(settings: dict[str, Any], asking: bool) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
     config = LoraConfig(target_modules=["0", "2"], **settings)
-    x = torch.randn(2, 4)
+    x = torch.randn(2, 4, requires_grad=asking)
     lora = fxlora.rewrite(fxlora.trace(model, (x,)), config)
     assert disagreements(lora, x) == []
 
