@@ -97,9 +97,10 @@ class _Group(torch.autograd.Function):
             else:
                 total = torch.add(y, linear(h, b), alpha=one.scaling)
             total = total if total.dtype == y.dtype else total.to(y.dtype)
-            # Autograd lets nobody write into a view that a function of several results returns.
+            # `add_product` gives a view where there are more than two dimensions, and autograd lets
+            # nobody write into a view that a function of several results returns.
             out.append(
-                torch.ops.aten._unsafe_view(total, total.shape) if total._is_view() else total
+                torch.ops.aten._unsafe_view.default(total, total.shape) if y.ndim > 2 else total
             )
             ctx.compute = h.dtype
         ctx.plan = plan
