@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 from torch.nn import functional as F
 
 from fxlora.gradients import attribute, target_name
-from fxlora.nodes import wide
+from fxlora.nodes import autocast_dtype, wide
 
 CASTS = frozenset("to cast_like type type_as float half bfloat16 double".split())
 _WORDS = {
@@ -54,7 +54,7 @@ def _derived(node: Node, name: str, found: dict[Node, Any]) -> Any:
     if name in _AS_FIRST:
         return found[given[0]]
     if node.meta.get("autocast") is not None and name not in _NOT_AUTOCAST:
-        return None
+        return autocast_dtype(node)
     if node.target is F.embedding:  # indices, then the rows
         return found[given[-1]]
     return reduce(wide, (found[n] for n in given))

@@ -15,7 +15,7 @@ from fxlora.trace.bulk import create_after
 
 Entry = tuple[str, PlannedSite]  # an active adapter's name, and the site it adapts
 _ARITHMETIC = frozenset(("add", "sub", "mul", "div"))
-_COPIED = ("module_stack", "source", "grad_enabled")
+_COPIED = ("module_stack", "source", "grad_enabled", "autocast")
 
 
 class Inserter:
@@ -46,7 +46,7 @@ class Inserter:
         if shape is not None:
             meta["shape"] = shape
         if dtype is not None:
-            meta["dtype"] = dtype
+            meta["dtype"] = autocast_dtype(node) or dtype
         self.last = node
         return node
 
@@ -68,6 +68,21 @@ class Inserter:
                 wide, (n.meta.get("dtype") for n in args if isinstance(n, Node))
             )
         return self.add(role, "call_method", name, args, shape, dtype, kwargs)
+
+
+def autocast_dtype(node: Node) -> torch.dtype | None:
+    """Returns the dtype torch.autocast gives an adapter's product; None outside, and for other nodes.
+
+    Args:
+        node: one that a rewrite inserted, with its meta.
+    """
+    region = node.meta.get("autocast")
+    if region is None or node.op != "call_module":
+        return None
+    if node.meta.get("role") not in ("lora_A", "lora_B"):
+        return None
+    found: torch.dtype = getattr(torch, region[1].removeprefix("torch."))
+    return found
 
 
 def attribute(root: nn.Module, path: str) -> Any:

@@ -200,3 +200,36 @@ def test_what_takes_a_node_s_place_has_its_dtype() -> None:
     wide = next(n for n in lora.graph.nodes if n.meta.get("role") == "sum")
     with pytest.raises(AssertionError, match=wide.name):
         nodes.redirect([], base, wide)
+
+
+class Regions(nn.Module):
+    """Layers inside a torch.autocast of the model's own, and one behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.lin, self.conv, self.turned = nn.Linear(8, 8), nn.Conv1d(4, 4, 1), Conv1D(8, 8)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = self.turned(self.conv(self.lin(x)))
+        return self.head(y.float())
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("layer", ["lin", "conv", "turned", "head"])
+def test_inside_the_models_own_autocast_adapters_compute_in_its_dtype(
+    layer: str, dropout: float
+) -> None:
+    x = torch.randn(3, 4, 8)
+    config = LoraConfig(r=2, target_modules=[layer], lora_dropout=dropout)
+    lora = fxlora.rewrite(fxlora.trace(Regions(), (x,)), config)
+    said = {n.name: n.meta.get("dtype") for n in lora.graph.nodes}
+    watch = _Watch(lora)
+    watch.run(x)
+    assert {n.name: d for n, d in watch.given.items()} == {
+        n.name: said[n.name] for n in watch.given
+    }
+    found = fxlora.compare(Regions(), config, (x,))
+    assert found.equal, found.differences
