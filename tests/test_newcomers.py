@@ -318,6 +318,7 @@ print(sorted(d for d in shapes if "256" in d))
 """
 
 
+@pytest.mark.slow
 def test_the_text_of_a_size_does_not_follow_from_what_was_traced_before() -> None:
     said = [
         subprocess.run(
